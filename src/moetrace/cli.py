@@ -1,0 +1,70 @@
+"""The `moetrace` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from moetrace import __version__
+from moetrace.engines.base import EngineConfig
+from moetrace.errors import MissingExtraError, MoetraceError
+
+_TYPES = {"int | None": int, "str": str}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return int(args.run(args))
+    except MoetraceError as error:
+        print(f"moetrace: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moetrace",
+        description="Record the experts an MoE model chose at rollout, and replay them in training.",
+    )
+    parser.add_argument("--version", action="version", version=f"moetrace {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("model", help="checkpoint folder")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
+    for knob in fields(EngineConfig):
+        # LightLLM spells its flags with underscores; both spellings work.
+        names = [f"--{knob.name.replace('_', '-')}"]
+        names += [f"--{knob.name}"] if "_" in knob.name else []
+        if knob.type == "bool":
+            action = argparse.BooleanOptionalAction if knob.default else "store_true"
+            serve.add_argument(*names, action=action, default=knob.default, help=knob.metadata["help"])
+        else:
+            kind = _TYPES[str(knob.type)]
+            serve.add_argument(*names, type=kind, default=knob.default, help=knob.metadata["help"])
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from moetrace.engines.transformers import TransformersEngine
+        from moetrace.server import create_app
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.of(error, "server") from error
+
+    config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
+    engine = TransformersEngine.load(args.model, config)
+    try:
+        app = create_app(engine, TransformersEngine.tokenizer(args.model))
+        uvicorn.run(app, host=args.host, port=args.port, log_level="info")
+    finally:
+        engine.close()
+    return 0

@@ -1,0 +1,176 @@
+"""What every engine offers, and the nouns of a request. Imports no engine and no torch.
+
+P prompt tokens and O generated tokens give a trace of P + O - 1 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from moetrace.errors import CaptureOffError, RequestError
+from moetrace.trace import MoeLayout, RoutingTrace
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, at least 1.
+        do_sample: draw from the distribution; False takes the most likely token.
+        temperature: divides the logits before sampling, above 0.
+        top_p: draw only from the smallest set of tokens with at least this probability, in (0, 1].
+        top_k: draw only from this many most likely tokens; -1 means all.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    max_new_tokens: int = 16
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, right, meaning in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
+            ("temperature", 0 < self.temperature < float("inf"), "a number > 0 (for greedy: do_sample=false)"),
+            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
+            ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or >= 1"),
+        ):
+            if not right:
+                raise RequestError(f"{name} is out of range", expected=meaning, got=getattr(self, name))
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What one request came to.
+
+    Attributes:
+        prompt_tokens, output_tokens: token ids.
+        logprobs: for each output token the natural logarithm of its probability under softmax(logits / temperature),
+            before top-k and top-p (temperature 1 when greedy).
+        finish_reason: "stop" after an end-of-sequence token, else "length".
+        trace: the routes, P + O - 1 rows, or None when they were not asked for.
+    """
+
+    prompt_tokens: list[int]
+    output_tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    trace: RoutingTrace | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The knobs of the embedded engine. The command line reads names, defaults and help from here."""
+
+    enable_return_routed_experts: bool = field(
+        default=False, metadata={"help": "record the experts of every token, so that requests can ask for them"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16"})
+    device: str = field(default="auto", metadata={"help": "auto (cuda if there is one), cpu, cuda or cuda:N"})
+    attn_implementation: str = field(
+        default="auto",
+        metadata={"help": "auto (transformers' choice), sdpa, eager or flash_attention_N"},
+    )
+    experts_implementation: str = field(
+        default="auto", metadata={"help": "auto (transformers' choice), eager, batched_mm or grouped_mm"}
+    )
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "longest sequence, prompt and output; default: the model's window"}
+    )
+    kv_cache_tokens: int | None = field(
+        default=None, metadata={"help": "tokens the KV cache holds; default: 16 windows on CPU, by free memory on CUDA"}
+    )
+    page_size: int | None = field(
+        default=None,
+        metadata={"help": "tokens of one KV page, the unit of sharing; default: 32 on CPU, 256 on CUDA"},
+    )
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of one step; longer prompts come in chunks; default: 512 on CPU"},
+    )
+    max_running_requests: int | None = field(
+        default=None, metadata={"help": "most requests of one step; default: 64 on CPU, 1024 on CUDA"}
+    )
+    prefix_sharing: bool = field(default=True, metadata={"help": "reuse the KV pages of equal prompt prefixes"})
+    weight_version: str = field(default="0", metadata={"help": "name of the weights, recorded with every row"})
+    seed: int | None = field(default=None, metadata={"help": "seed of the sampler; default: random"})
+
+
+class Engine(Protocol):
+    """Generates tokens and records routes. Safe to call from any thread."""
+
+    name: str
+    """Name and version, as traces carry it."""
+    vocab_size: int
+    max_model_len: int
+
+    @property
+    def layout(self) -> MoeLayout | None:
+        """The model's MoE layout where routes are captured, else None."""
+        ...
+
+    def submit(
+        self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
+    ) -> Future[GenerateResult]:
+        """Queue one request.
+
+        Raises:
+            RequestError: the request cannot be served as asked; said at once, nothing was queued.
+            EngineError: the engine has stopped.
+        """
+        ...
+
+    def is_healthy(self) -> bool:
+        """False once the engine can serve no more."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is queued and stop."""
+        ...
+
+
+def check_request(engine: Engine, prompt_tokens: Sequence[int], sampling: SamplingParams, return_routes: bool) -> None:
+    """Raise `RequestError` for a request that no engine of this model could serve."""
+    if not prompt_tokens:
+        raise RequestError("the prompt is empty", expected="at least one token")
+    wrong = next((i for i, token in enumerate(prompt_tokens) if not 0 <= token < engine.vocab_size), None)
+    if wrong is not None:
+        raise RequestError(
+            f"token id at position {wrong} is out of range",
+            expected=f"0 <= id < {engine.vocab_size}",
+            got=prompt_tokens[wrong],
+            fix="Tokenise with this model's own tokenizer.",
+        )
+    room = engine.max_model_len - len(prompt_tokens)
+    if room < 1:
+        raise RequestError(
+            "the prompt is longer than the model's window",
+            expected=f"at most {engine.max_model_len - 1} tokens",
+            got=f"{len(prompt_tokens)} tokens",
+            fix="Shorten the prompt.",
+        )
+    if sampling.max_new_tokens > room:
+        raise RequestError(
+            "max_new_tokens does not fit the model's window",
+            expected=f"at most {room} after a prompt of {len(prompt_tokens)} (window {engine.max_model_len})",
+            got=sampling.max_new_tokens,
+            fix="Lower max_new_tokens or shorten the prompt.",
+        )
+    if return_routes and engine.layout is None:
+        raise CaptureOffError(
+            "routed experts were asked for, but this server does not record them",
+            expected="a server started with --enable-return-routed-experts",
+            got="one started without",
+            fix="Restart it as: moetrace serve MODEL --enable-return-routed-experts",
+        )

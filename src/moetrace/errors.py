@@ -1,0 +1,110 @@
+"""Every error that moetrace raises, as one tree.
+
+    MoetraceError
+    ├── TraceError                 a trace is wrong, or does not fit what it is used with
+    │   ├── InvalidTraceError      it breaks its own contract (shape, dtype, range, duplicates)
+    │   ├── TokenMismatchError     it was recorded on other tokens
+    │   ├── LayoutMismatchError    it was recorded on another model (layers, experts, top-k, fingerprint)
+    │   └── MissingRowError        a row is needed that was never captured
+    ├── FormatError                bytes or a payload cannot be read as traces
+    ├── RouterError                a model's routers cannot be recorded or replayed
+    │   ├── NotMoeError            there are none: the model is dense
+    │   └── UnsupportedRouterError there are some, but not of a kind that can be tapped safely
+    ├── ReplayError                a replay cannot go on without lying
+    │   └── ShiftedRoutesError     the routes fit better when shifted by one token
+    ├── EngineError                an engine cannot start or has stopped
+    │   └── CaptureError           an engine's internals are not as the capture adapter knows them
+    ├── RequestError               one request cannot be served as asked; the engine goes on
+    │   └── CaptureOffError        it asks for routes, but the engine was started without capture
+    └── MissingExtraError          an optional dependency is not installed
+
+A message says what is wrong, what was expected, what was got and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class MoetraceError(Exception):
+    """Root of all errors of this package.
+
+    Args:
+        what: what is wrong, as a sentence without its full stop.
+        expected: what would have been right.
+        got: what was there instead.
+        fix: what to do next, as a sentence.
+    """
+
+    def __init__(self, what: str, *, expected: object = None, got: object = None, fix: str | None = None) -> None:
+        self.what, self.expected, self.got, self.fix = what, expected, got, fix
+        facts = [f"{name} {value}" for name, value in (("expected", expected), ("got", got)) if value is not None]
+        message = f"{what}: {', '.join(facts)}." if facts else f"{what}."
+        super().__init__(f"{message} {fix}" if fix else message)
+
+
+class TraceError(MoetraceError):
+    """A trace is wrong, or does not fit what it is used with."""
+
+
+class InvalidTraceError(TraceError):
+    """A trace breaks its own contract."""
+
+
+class TokenMismatchError(TraceError):
+    """A trace was recorded on other tokens than those it is used with."""
+
+
+class LayoutMismatchError(TraceError):
+    """A trace was recorded on another model than the one it is used with."""
+
+
+class MissingRowError(TraceError):
+    """A row is needed that was never captured."""
+
+
+class FormatError(MoetraceError):
+    """Bytes or a payload cannot be read as traces."""
+
+
+class RouterError(MoetraceError):
+    """A model's routers cannot be recorded or replayed."""
+
+
+class NotMoeError(RouterError):
+    """The model is dense: it has no routed experts."""
+
+
+class UnsupportedRouterError(RouterError):
+    """The model routes in a way that cannot be tapped safely."""
+
+
+class ReplayError(MoetraceError):
+    """A replay cannot go on without lying about the routes that were used."""
+
+
+class ShiftedRoutesError(ReplayError):
+    """The routes that were given fit the live router better when shifted by one token."""
+
+
+class EngineError(MoetraceError):
+    """An engine cannot start or has stopped."""
+
+
+class CaptureError(EngineError):
+    """An engine's internals are not as the capture adapter knows them."""
+
+
+class RequestError(MoetraceError):
+    """One request cannot be served as asked; the engine goes on."""
+
+
+class CaptureOffError(RequestError):
+    """A request asks for routes, but the engine was started without capture."""
+
+
+class MissingExtraError(MoetraceError, ImportError):
+    """An optional dependency is not installed."""
+
+    @classmethod
+    def of(cls, error: ModuleNotFoundError, extra: str) -> MissingExtraError:
+        """Translate a failed import of something that `extra` would have brought."""
+        return cls(f"{error.name} is not installed", fix=f"Run: pip install 'moetrace[{extra}]'")

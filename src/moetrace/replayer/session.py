@@ -1,0 +1,156 @@
+"""`with replay(model, traces, input_ids=...):` supplies recorded routes to the forwards inside.
+
+Axes: L MoE layers, N tokens of the batch, K experts per token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
+from moetrace.replayer.align import AlignedRoutes, Missing, TokenMode, align
+from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.routers import ModelTap, Selection, tap_model
+from moetrace.trace import RoutingTrace
+
+logger = logging.getLogger(__name__)
+OnShift = Literal["error", "warn", "ignore"]
+
+
+class ReplaySession:
+    """One batch's routes, supplied to every forward and recomputation that belongs to it.
+
+    A session is bound to its forwards, not to a place in a queue: with several microbatches in flight, each backward
+    recomputes with the routes its own forward had, and a forward-only pass leaves nothing behind.
+    """
+
+    supplies_routes = True
+
+    def __init__(self, routes: AlignedRoutes) -> None:
+        self.routes = routes
+        self._monitor = OverlapMonitor(routes)
+        self._live_somewhere = routes.count(TokenMode.REPLAY) < routes.num_tokens
+        self._device_routes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def on_selection(self, selection: Selection) -> None:
+        tokens = selection.live_NK.shape[0]
+        if tokens != self.routes.num_tokens:
+            raise ReplayError(
+                f"router {selection.site.name} saw another batch than the one that was aligned",
+                expected=f"{self.routes.num_tokens} tokens (padding included)",
+                got=f"{tokens}",
+                fix="Call the model with the very input_ids given to replay, whole: no generation, no token shards.",
+            )
+        experts_LNK, replayed_N1 = self._on(selection.live_NK.device)
+        given_NK = experts_LNK[selection.site.index].long()
+        if not selection.recompute:
+            self._monitor.observe(selection.site.index, selection.live_NK, given_NK)
+        if self._live_somewhere:
+            given_NK = torch.where(replayed_N1, given_NK, selection.live_NK)
+        selection.indices_NK = given_NK
+
+    def stats(self) -> ReplayStats:
+        """How the live router agreed with the replayed routes so far. Waits for the device."""
+        return self._monitor.stats()
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._device_routes:
+            experts = self.routes.experts_LNK
+            experts_LNK = torch.from_numpy(experts if experts.itemsize == 1 else experts.astype("int32"))
+            replayed_N1 = torch.from_numpy(self.routes.mode_N == TokenMode.REPLAY)[:, None]
+            if device.type == "cuda":
+                experts_LNK, replayed_N1 = experts_LNK.pin_memory(), replayed_N1.pin_memory()
+            self._device_routes[device] = (
+                experts_LNK.to(device, non_blocking=True),
+                replayed_N1.to(device, non_blocking=True),
+            )
+        return self._device_routes[device]
+
+
+@contextmanager
+def replay(
+    model: nn.Module,
+    traces: Sequence[RoutingTrace] | AlignedRoutes,
+    *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    cu_seqlens: Any = None,
+    missing: Missing | Any = "error",
+    on_shift: OnShift = "error",
+) -> Iterator[ReplaySession]:
+    """Route the forwards inside the context as recorded.
+
+    Expert ids come from the traces, weights from live scores by the model's own formula, and gradients reach the router
+    as the model defines it. The routers' own choice is still computed, to report how far it would have been off.
+    Backward passes (with activation checkpointing enabled on the model) may run inside the context or after it.
+
+    Args:
+        model: a transformers MoE model, not compiled.
+        traces: one for each sequence of the batch in memory order, or routes that `align` made.
+        input_ids: `[B, S]` token ids of the batch (CPU tensors spare a wait for the GPU).
+        attention_mask, position_ids, cu_seqlens: how sequences lie in it, see `moetrace.batch.segments_of`.
+        missing: what tokens without a row do: "error", "live" or a bool array `[B, S]`; see `align`.
+        on_shift: what happens at the end when the routes would fit the live router better shifted by one token.
+
+    Yields:
+        The session; `session.stats()` tells overlap and mismatch.
+
+    Raises:
+        TraceError: the traces do not fit the tokens or the model, or rows are missing.
+        ShiftedRoutesError: see `on_shift`.
+        RouterError, ReplayError: the model cannot be replayed, or not as it was called.
+    """
+    if on_shift not in ("error", "warn", "ignore"):
+        raise ReplayError("on_shift is unknown", expected="'error', 'warn' or 'ignore'", got=repr(on_shift))
+    tap = tap_model(model)
+    if isinstance(traces, AlignedRoutes):
+        routes = traces
+    elif input_ids is None:
+        raise ReplayError("replay needs the batch's token ids", expected="input_ids=[B, S]", got=None)
+    else:
+        routes = align(
+            traces,
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            missing=missing,
+        )
+    _require_model(routes, tap, type(model).__name__)
+    session = ReplaySession(routes)
+    with tap.active(session):
+        yield session
+    if on_shift != "ignore":
+        _judge_shift(session.stats(), on_shift)
+
+
+def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
+    routes.layout.require_same(tap.layout, f"the model ({name})")
+    if routes.fingerprint and routes.fingerprint != tap.fingerprint:
+        raise LayoutMismatchError(
+            f"the traces were recorded on another model than {name}",
+            expected=f"fingerprint {tap.fingerprint[:16]}...",
+            got=f"{routes.fingerprint[:16]}...",
+            fix="Replay with the architecture and vocabulary that generated the rollout.",
+        )
+
+
+def _judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
+    if not stats.shifted:
+        return
+    alarm = ShiftedRoutesError(
+        f"the routes look shifted by one token: the row {stats.best_shift} than each token's own fits better",
+        expected=f"highest overlap with the given rows (now {stats.overlap:.3f})",
+        got=f"{stats.shift_gain:+.3f} overlap when shifted",
+        fix="Row t must be the routing while token t was the input; check the producer with a known model.",
+    )
+    if on_shift == "error":
+        raise alarm
+    logger.warning("%s", alarm)

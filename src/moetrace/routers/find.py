@@ -1,0 +1,190 @@
+"""Which modules of a model are routers, and the `MoeLayout` that follows from them.
+
+In transformers >= 5.17 a router is a small module with integer attributes `top_k` and `num_experts` and a weight of
+`num_experts` rows, called once a layer, whose forward returns (logits, weights, indices). The layout is read from those
+modules; the config, whose names for the same numbers differ from family to family, is only a cross-check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
+from moetrace.trace import MoeLayout
+
+EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+
+
+@dataclass(frozen=True)
+class RouterSite:
+    """One router of a model.
+
+    Attributes:
+        index: its place among the model's routers, 0..L-1.
+        layer: absolute number of its decoder layer.
+        name: qualified module name.
+        module: the router.
+        num_experts: E.
+        top_k: K.
+        hidden_size: width of its input.
+    """
+
+    index: int
+    layer: int
+    name: str
+    module: nn.Module
+    num_experts: int
+    top_k: int
+    hidden_size: int
+
+
+def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
+    """The model's routers in layer order.
+
+    Raises:
+        NotMoeError: the model has no experts at all.
+        UnsupportedRouterError: it has experts, but a router is missing, shared by a layer, or unlike the others.
+    """
+    found = [(name, module) for name, module in model.named_modules() if _is_router(module)]
+    experts = [name for name, module in model.named_modules() if _is_experts(module)]
+    if not found and not experts and not _config_numbers(model)[0]:
+        raise NotMoeError(
+            f"{type(model).__name__} is a dense model: it has no routers",
+            expected="a Mixture-of-Experts model",
+            fix="Start without routed-expert capture, or pass a MoE model.",
+        )
+    lacking = set(map(_block_of, experts)) - {_block_of(name) for name, _ in found}
+    if not found or lacking:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has experts without a router that moetrace recognises",
+            expected="a module with top_k, num_experts and a weight beside each experts module",
+            got=", ".join(sorted(lacking)[:3]) or "no router at all",
+        )
+    sites: list[tuple[int, str, Any]] = sorted(
+        ((_layer_number(name), name, module) for name, module in found), key=lambda site: site[0]
+    )
+    repeated = [layer for layer, count in Counter(layer for layer, _, _ in sites).items() if count > 1]
+    if repeated:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__} has several routers in one layer number",
+            expected="one router a decoder layer",
+            got=[name for layer, name, _ in sites if layer == repeated[0]],
+        )
+    sizes = {(module.num_experts, module.top_k) for _, _, module in sites}
+    if len(sizes) > 1:
+        raise UnsupportedRouterError(
+            f"{type(model).__name__}'s layers differ in experts or top-k",
+            expected="one (num_experts, top_k) for all layers",
+            got=sorted(sizes),
+        )
+    ((num_experts, top_k),) = sizes
+    return tuple(
+        RouterSite(index, layer, name, module, num_experts, top_k, hidden_size=module.weight.shape[-1])
+        for index, (layer, name, module) in enumerate(sites)
+    )
+
+
+def layout_of(model: nn.Module) -> MoeLayout:
+    """The `MoeLayout` of a model, read from its modules and checked against its config.
+
+    Works on the meta device too, so a checkpoint can be judged before its weights are loaded.
+
+    Raises:
+        NotMoeError, UnsupportedRouterError: see `find_routers`.
+        LayoutMismatchError: the config states other numbers than the modules have.
+    """
+    sites = find_routers(model)
+    layout = MoeLayout(tuple(site.layer for site in sites), sites[0].num_experts, sites[0].top_k)
+    stated = _config_numbers(model)
+    for what, values, number in (("experts", stated[0], layout.num_experts), ("top-k", stated[1], layout.top_k)):
+        if values and number not in values:
+            raise LayoutMismatchError(
+                f"the config states other {what} than the routers have", expected=number, got=values
+            )
+    return layout
+
+
+def config_layout(config: Any) -> MoeLayout:
+    """The `MoeLayout` of a transformers config, without any weights: the model is built on the meta device.
+
+    Raises:
+        NotMoeError, UnsupportedRouterError, LayoutMismatchError: see `layout_of`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return layout_of(AutoModelForCausalLM.from_config(config))
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """SHA-256 (hex) of what makes routes of one model meaningless in another: its routers, depth and vocabulary.
+
+    Weights do not count (training changes them), nor do dtype, device or wrappers such as LoRA.
+    """
+    sites = find_routers(model)
+    config = _text_config(model)
+    facts = {
+        "routers": [[site.layer, type(site.module).__name__, site.num_experts, site.top_k] for site in sites],
+        "hidden_size": sites[0].hidden_size,
+        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
+        "vocab_size": getattr(config, "vocab_size", None),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_router(module: nn.Module) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    return (
+        _is_count(getattr(module, "top_k", None))
+        and _is_count(getattr(module, "num_experts", None))
+        and getattr(weight, "ndim", 0) == 2
+        and weight.shape[0] == module.num_experts
+    )
+
+
+def _is_experts(module: nn.Module) -> bool:
+    parameters = module.parameters(recurse=False)
+    return _is_count(getattr(module, "num_experts", None)) and any(parameter.ndim == 3 for parameter in parameters)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _block_of(name: str) -> str:
+    """The MoE block a router or experts module belongs to: its parent module."""
+    return name.rpartition(".")[0]
+
+
+def _layer_number(name: str) -> int:
+    numbers = re.findall(r"\.(\d+)(?=\.)", f".{name}")
+    if len(numbers) != 1:
+        raise UnsupportedRouterError(
+            f"the decoder layer of router {name!r} is not evident", expected="one number in its name", got=numbers
+        )
+    return int(numbers[0])
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _config_numbers(model: nn.Module) -> tuple[list[int], list[int]]:
+    """Expert counts above 1 and top-k values that the config states, under whatever names."""
+    config = _text_config(model)
+
+    def stated(names: tuple[str, ...]) -> list[int]:
+        values: list[Any] = [getattr(config, name, None) for name in names]
+        return sorted({value for value in values if _is_count(value)})
+
+    return [count for count in stated(EXPERT_COUNT_NAMES) if count > 1], stated(TOP_K_NAMES)

@@ -1,0 +1,294 @@
+"""The tap: the one top-k inside a router's own forward, observed (record) or supplied (replay).
+
+While a router runs, a `TorchFunctionMode` watches its torch calls. The expert selection is the top-k over `[N, E]` with
+k = K. Recording keeps its indices. Replaying hands back other indices with the scores gathered at them; everything else
+(renormalisation, softmax after top-k, bias correction, scaling) is the model's own code, so weights come from live
+scores by the model's formula and gradients reach the router exactly as the model defines it.
+
+Axes: N tokens of one router call, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from moetrace.errors import ReplayError, UnsupportedRouterError
+from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of
+from moetrace.trace import MoeLayout
+
+_TOPK = {torch.topk, torch.Tensor.topk}
+_MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
+_CHECKPOINT_MODULE = "torch.utils.checkpoint"
+_CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
+
+
+@dataclass
+class Selection:
+    """One expert selection in progress: what a session may look at, and change, before the router goes on.
+
+    Attributes:
+        site: the router.
+        scores_NE: what the router selects by.
+        live_NK: int64 indices of the router's own top-k.
+        indices_NK: int64 indices the router will use; equal to `live_NK` unless a replay changed them.
+        recompute: True in the second forward of activation checkpointing.
+    """
+
+    site: RouterSite
+    scores_NE: torch.Tensor
+    live_NK: torch.Tensor
+    indices_NK: torch.Tensor
+    sorted: bool
+    recompute: bool
+
+
+class RoutingSession(Protocol):
+    """Something that takes part in every expert selection while it is active on a thread."""
+
+    supplies_routes: bool
+    """True if `on_selection` may change `indices_NK`."""
+
+    def on_selection(self, selection: Selection) -> None:
+        """See, and where `supplies_routes` is True change, one selection."""
+        ...
+
+
+class ModelTap:
+    """The taps of one model's routers. Installed while at least one user holds it, and then gone without a trace.
+
+    Sessions are per thread and per model: two models, or two threads with one model, do not mix.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+            raise UnsupportedRouterError(
+                "a torch.compile'd model cannot be tapped",
+                expected="the eager model",
+                fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
+            )
+        self.sites = find_routers(model)
+        self.layout: MoeLayout = layout_of(model)
+        self.fingerprint = fingerprint_of(model)
+        self._model = weakref.ref(model)
+        self._lock = threading.RLock()
+        self._users = 0
+        self._undo: list[Callable[[], None]] = []
+        self._thread = _ThreadState()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the taps in the model's routers for the length of the context."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._uninstall()
+
+    @contextmanager
+    def active(self, *sessions: RoutingSession) -> Iterator[None]:
+        """Let sessions take part in this thread's forwards; install the taps if nobody has."""
+        with self.installed(), self._thread.using(self._thread.sessions + sessions, self._thread.recompute, False):
+            yield
+
+    def _install(self) -> None:
+        model = self._model()
+        if model is None:
+            return
+        for site in self.sites:
+            self._replace(site.module, "forward", self._tapped(site, site.module.forward))
+        for module in model.modules():
+            if callable(getattr(module, _CHECKPOINT_ATTRIBUTE, None)):
+                followed = self._followed(getattr(module, _CHECKPOINT_ATTRIBUTE))
+                self._replace(module, _CHECKPOINT_ATTRIBUTE, followed)
+
+    def _uninstall(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _replace(self, module: nn.Module, name: str, value: Callable) -> None:
+        """Shadow an attribute on one instance; remembered so that detaching restores what was there."""
+        had_own, before = name in vars(module), vars(module).get(name)
+
+        def undo() -> None:
+            if had_own:
+                setattr(module, name, before)
+            else:
+                delattr(module, name)
+
+        setattr(module, name, value)
+        self._undo.append(undo)
+
+    def _tapped(self, site: RouterSite, forward: Callable) -> Callable:
+        def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._thread
+            if not state.sessions:
+                return forward(*args, **kwargs)
+            if not state.following and any(session.supplies_routes for session in state.sessions):
+                _refuse_unknown_checkpointing(site)
+            with _TopkMode(site, state.sessions, state.recompute) as mode:
+                output = forward(*args, **kwargs)
+            mode.verify(output)
+            return output
+
+        return tapped_forward
+
+    def _followed(self, checkpoint: Callable) -> Callable:
+        """Wrap a layer's checkpoint function so that the recomputation sees the sessions of its first pass.
+
+        The recomputation runs during backward: perhaps on another thread, after the `with` block, with other
+        microbatches in between. So the sessions travel in the closure of the checkpointed function itself.
+        """
+
+        def checkpoint_with_sessions(function: Callable, *args: Any, **kwargs: Any) -> Any:
+            sessions = self._thread.sessions
+            if not sessions:
+                return checkpoint(function, *args, **kwargs)
+            passes = 0
+
+            def follow(*inner_args: Any, **inner_kwargs: Any) -> Any:
+                nonlocal passes
+                passes += 1
+                with self.installed(), self._thread.using(sessions, passes > 1, True):
+                    return function(*inner_args, **inner_kwargs)
+
+            return checkpoint(follow, *args, **kwargs)
+
+        return checkpoint_with_sessions
+
+
+class _ThreadState(threading.local):
+    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed."""
+
+    sessions: tuple[RoutingSession, ...] = ()
+    recompute = False
+    following = False
+
+    @contextmanager
+    def using(self, sessions: tuple[RoutingSession, ...], recompute: bool, following: bool) -> Iterator[None]:
+        before = self.sessions, self.recompute, self.following
+        self.sessions, self.recompute, self.following = sessions, recompute, following
+        try:
+            yield
+        finally:
+            self.sessions, self.recompute, self.following = before
+
+
+class _TopkMode(TorchFunctionMode):
+    """Watches one router forward for its expert selection."""
+
+    def __init__(self, site: RouterSite, sessions: tuple[RoutingSession, ...], recompute: bool) -> None:
+        super().__init__()
+        self.site, self.sessions, self.recompute = site, sessions, recompute
+        self.supplies_routes = any(session.supplies_routes for session in sessions)
+        self.selections: list[Selection] = []
+        self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _TOPK and self._selects_experts(*args, **kwargs):
+            return self._select(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func in _MASKED_FILL:
+            self.masked.append((result, args[0]))
+        return result
+
+    def _selects_experts(
+        self,
+        input: torch.Tensor,
+        k: int,
+        dim: int = -1,
+        largest: bool = True,
+        sorted: bool = True,
+        out: object = None,
+    ) -> bool:
+        """Parameters are those of torch.topk. Group-limited routers also call it over groups: other sizes."""
+        return input.ndim == 2 and input.shape[1] == self.site.num_experts and k == self.site.top_k and largest
+
+    def _select(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        live = func(*args, **kwargs)
+        scores_NE = args[0] if args else kwargs["input"]
+        is_sorted = kwargs.get("sorted", args[4] if len(args) > 4 else True)
+        selection = Selection(self.site, scores_NE, live.indices, live.indices, is_sorted, self.recompute)
+        for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
+            session.on_selection(selection)  # replay first, so that a recording keeps what was really used
+        self.selections.append(selection)
+        if selection.indices_NK is live.indices:
+            return live
+        values_NK = self._unmasked(scores_NE).gather(-1, selection.indices_NK)
+        return torch.return_types.topk((values_NK, selection.indices_NK))
+
+    def _unmasked(self, scores_NE: torch.Tensor) -> torch.Tensor:
+        """The scores before groups were masked out of them.
+
+        DeepSeek-V2 zeroes the scores outside the live groups and uses what top-k returns as weights: a replayed expert
+        outside them would get weight zero and no gradient.
+        """
+        for result, source in reversed(self.masked):
+            if result is scores_NE:
+                return source
+        return scores_NE
+
+    def verify(self, output: Any) -> None:
+        """Raise `UnsupportedRouterError` unless the router selected once and returned that very selection."""
+        name, kind = self.site.name, type(self.site.module).__name__
+        if len(self.selections) != 1:
+            raise UnsupportedRouterError(
+                f"router {name} ({kind}) does not select its experts by one top-k",
+                expected=f"one topk of [N, {self.site.num_experts}] with k={self.site.top_k}",
+                got=f"{len(self.selections)} of them",
+            )
+        indices_NK = self.selections[0].indices_NK
+        if not (isinstance(output, tuple) and any(item is indices_NK for item in output)):
+            raise UnsupportedRouterError(
+                f"router {name} ({kind}) changes the expert ids after its top-k",
+                expected="the indices of the top-k among its outputs",
+                got=type(output).__name__,
+            )
+
+
+def _refuse_unknown_checkpointing(site: RouterSite) -> None:
+    """A checkpoint that the tap does not follow would recompute with other routes, silently: refuse it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
+            raise ReplayError(
+                f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
+                expected="model.gradient_checkpointing_enable(...), called before the replay began",
+                got="torch.utils.checkpoint applied by other means",
+                fix="Its recomputation would use live routes; enable checkpointing through the model instead.",
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+_taps: weakref.WeakKeyDictionary[nn.Module, ModelTap] = weakref.WeakKeyDictionary()
+_taps_lock = threading.Lock()
+
+
+def tap_model(model: nn.Module) -> ModelTap:
+    """The tap of a model; all recordings and replays of one model share it.
+
+    Raises:
+        NotMoeError, UnsupportedRouterError, LayoutMismatchError: see `layout_of`.
+    """
+    with _taps_lock:
+        tap = _taps.get(model)
+        routers = [site.module for site in find_routers(model)]
+        if tap is None or [site.module for site in tap.sites] != routers:  # wrapped or changed since the last time
+            tap = _taps[model] = ModelTap(model)
+        return tap

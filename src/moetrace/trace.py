@@ -1,0 +1,390 @@
+"""The nouns: which layers route (`MoeLayout`) and what was chosen (`RoutingTrace`).
+
+Axes: T rows (tokens that were inputs), L MoE layers, K experts per token. A row is `[L, K]`; row t is the routing that
+was in force while token `start + t` was the input, that is, while the distribution of the next token was computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatchError
+
+Order = Literal["rank", "set"]
+MAX_EXPERTS = 1 << 16
+
+
+def token_sha256(tokens: Sequence[int] | np.ndarray) -> str:
+    """SHA-256 (hex) over token ids as little-endian uint32, so that every language computes the same value."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes()).hexdigest()
+
+
+def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
+    """Position of the first unequal id of two 1-D arrays over their common length, or None."""
+    n = min(len(a), len(b))
+    unequal = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(unequal[0]) if len(unequal) else None
+
+
+@dataclass(frozen=True)
+class MoeLayout:
+    """Which decoder layers of a model route, and how.
+
+    Attributes:
+        layers: absolute numbers of the decoder layers that have routed experts, ascending. Dense layers are absent.
+        num_experts: E, routed experts per layer (shared experts are not counted).
+        top_k: K, experts per token.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        if not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers)):
+            raise InvalidTraceError(
+                "layers must be ascending decoder-layer numbers", expected="at least one, no repeats", got=self.layers
+            )
+        if not 1 <= self.top_k <= self.num_experts <= MAX_EXPERTS:
+            raise InvalidTraceError(
+                "top_k and num_experts do not fit together",
+                expected=f"1 <= top_k <= num_experts <= {MAX_EXPERTS}",
+                got=f"top_k={self.top_k}, num_experts={self.num_experts}",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of MoE layers."""
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest unsigned integer that holds E - 1: uint8 up to 256 experts, uint16 above."""
+        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row `[L, K]` as stored in a trace."""
+        return self.num_layers * self.top_k * self.dtype.itemsize
+
+    def require_same(self, other: MoeLayout, whose: str) -> None:
+        """Raise `LayoutMismatchError` unless `other` (named by `whose`) is this layout."""
+        if self != other:
+            raise LayoutMismatchError(
+                f"the trace's MoE layout is not that of {whose}",
+                expected=other,
+                got=self,
+                fix="Replay a trace on the model that recorded it; layers are absolute decoder-layer numbers.",
+            )
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """From row `start` on (until the next span), rows were computed by weights called `version`."""
+
+    start: int
+    version: str
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The rows of one sequence and all that is needed to trust them. Immutable, validated at birth.
+
+    Build one with `RoutingTrace.build`, which narrows dtypes and fills in what can be derived.
+
+    Attributes:
+        experts_TLK: `[T, L, K]`, C order, dtype `layout.dtype`; rows that are not valid hold zeros and mean nothing.
+        valid_T: `[T]` bool, True where the row was captured. There is no magic expert id.
+        layout: the model's `MoeLayout`.
+        tokens: `[num_tokens]` int64, the token ids from position 0 on, or None where only their hash is known.
+        num_tokens: number of token ids the hash covers.
+        token_sha256: `token_sha256` of those token ids.
+        start: position of row 0 in the sequence (0 unless this is a slice or a multi-turn delta).
+        weight_spans: which rows were computed by which weights, ascending, first span at row 0; empty when unknown.
+        order: "rank" when the K ids are best first, "set" when their order means nothing.
+        fingerprint: fingerprint of the model that routed, or "" when unknown.
+        engine: name and version of the engine that recorded, or "".
+
+    A whole sequence of P prompt and O generated tokens has `T = P + O - 1` rows: the last sampled token was never an
+    input. A scored sequence (nothing generated) has one row for each token.
+    """
+
+    experts_TLK: np.ndarray
+    valid_T: np.ndarray
+    layout: MoeLayout
+    tokens: np.ndarray | None
+    num_tokens: int
+    token_sha256: str
+    start: int = 0
+    weight_spans: tuple[WeightSpan, ...] = ()
+    order: Order = "rank"
+    fingerprint: str = ""
+    engine: str = ""
+
+    @classmethod
+    def build(
+        cls,
+        experts_TLK: np.ndarray,
+        layout: MoeLayout,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        valid_T: np.ndarray | None = None,
+        start: int = 0,
+        weight_spans: Sequence[WeightSpan] = (),
+        order: Order = "rank",
+        fingerprint: str = "",
+        engine: str = "",
+    ) -> RoutingTrace:
+        """Make a trace from ids of any integer dtype; ids of rows that are not valid are dropped.
+
+        Args:
+            experts_TLK: `[T, L, K]` integers.
+            layout: the model's layout.
+            tokens: the token ids from position 0 on, `start + T` or `start + T + 1` of them or more.
+            valid_T: `[T]` bool; all rows are valid when None.
+
+        Raises:
+            InvalidTraceError: shapes, ranges, duplicates or counts do not fit together.
+        """
+        experts_TLK = np.asarray(experts_TLK)
+        if experts_TLK.ndim != 3 or experts_TLK.dtype.kind not in "iu":
+            raise InvalidTraceError(
+                "expert ids must be an integer array [T, L, K]",
+                expected="3 axes of integers",
+                got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
+            )
+        valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else np.asarray(valid_T, dtype=bool)
+        if valid_T.shape == experts_TLK.shape[:1]:  # otherwise __post_init__ says what is wrong
+            experts_TLK = np.where(valid_T[:, None, None], experts_TLK, 0)
+        if experts_TLK.size and not 0 <= experts_TLK.min() <= experts_TLK.max() < layout.num_experts:
+            row, layer, rank = np.argwhere((experts_TLK < 0) | (experts_TLK >= layout.num_experts))[0]
+            raise InvalidTraceError(
+                f"an expert id of row {row}, layer {layout.layers[layer] if layer < layout.num_layers else layer} "
+                "is out of range",
+                expected=f"0 <= id < {layout.num_experts}",
+                got=experts_TLK[row, layer, rank],
+            )
+        tokens = np.array(tokens, dtype=np.int64)
+        return cls(
+            experts_TLK=experts_TLK.astype(layout.dtype),
+            valid_T=valid_T,
+            layout=layout,
+            tokens=tokens,
+            num_tokens=len(tokens),
+            token_sha256=token_sha256(tokens),
+            start=start,
+            weight_spans=tuple(weight_spans),
+            order=order,
+            fingerprint=fingerprint,
+            engine=engine,
+        )
+
+    def __post_init__(self) -> None:
+        for name in ("experts_TLK", "valid_T", "tokens"):
+            array = getattr(self, name)
+            if array is not None and (array.flags.writeable or not array.flags.c_contiguous):
+                array = np.array(array, order="C")
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
+        self._check_arrays()
+        self._check_tokens()
+        self._check_spans()
+        if self.order not in ("rank", "set"):
+            raise InvalidTraceError("order is unknown", expected="'rank' or 'set'", got=repr(self.order))
+
+    def _check_arrays(self) -> None:
+        experts_TLK, valid_T, layout = self.experts_TLK, self.valid_T, self.layout
+        shape = (len(valid_T), layout.num_layers, layout.top_k)
+        if experts_TLK.shape != shape or experts_TLK.dtype != layout.dtype:
+            raise InvalidTraceError(
+                "experts_TLK does not fit its layout and valid_T",
+                expected=f"shape {shape}, dtype {layout.dtype}",
+                got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
+                fix="Axes are [T, L, K], token-major; use RoutingTrace.build to narrow other integer dtypes.",
+            )
+        if valid_T.dtype != np.bool_ or valid_T.ndim != 1:
+            raise InvalidTraceError("valid_T must be [T] bool", got=f"shape {valid_T.shape}, dtype {valid_T.dtype}")
+        if experts_TLK[~valid_T].any():
+            raise InvalidTraceError("rows that are not valid must hold zeros", expected="0", got="other ids")
+        if experts_TLK.size and int(experts_TLK.max()) >= layout.num_experts:
+            raise InvalidTraceError(
+                "an expert id is out of range", expected=f"id < {layout.num_experts}", got=int(experts_TLK.max())
+            )
+        sorted_TLK = np.sort(experts_TLK[valid_T], axis=-1)
+        repeats = np.argwhere(sorted_TLK[..., 1:] == sorted_TLK[..., :-1])
+        if len(repeats):
+            row, layer = int(np.flatnonzero(valid_T)[repeats[0][0]]), int(repeats[0][1])
+            raise InvalidTraceError(
+                f"row {row}, layer {layout.layers[layer]} names one expert twice",
+                expected=f"{layout.top_k} distinct ids",
+                got=experts_TLK[row, layer].tolist(),
+                fix="A row that was not captured must be marked in valid_T, not filled.",
+            )
+
+    def _check_tokens(self) -> None:
+        if self.tokens is not None and len(self.tokens) != self.num_tokens:
+            raise InvalidTraceError(
+                "num_tokens is not the number of tokens", expected=len(self.tokens), got=self.num_tokens
+            )
+        if self.tokens is not None and token_sha256(self.tokens) != self.token_sha256:
+            raise InvalidTraceError("token_sha256 is not the hash of the tokens", got=self.token_sha256)
+        if self.start < 0 or self.stop > self.num_tokens:
+            raise InvalidTraceError(
+                "a trace has more rows than tokens",
+                expected=f"start + T <= {self.num_tokens} tokens, start >= 0",
+                got=f"start {self.start} + T {self.num_rows}",
+                fix="P prompt and O generated tokens give P + O - 1 rows.",
+            )
+
+    def _check_spans(self) -> None:
+        starts = [span.start for span in self.weight_spans]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= max(self.num_rows, 1)):
+            raise InvalidTraceError(
+                "weight_spans must begin at row 0 and ascend", expected=f"0 < ... < {self.num_rows}", got=starts
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return len(self.valid_T)
+
+    @property
+    def stop(self) -> int:
+        """Position after that of the last row: `start + T`."""
+        return self.start + self.num_rows
+
+    @cached_property
+    def num_valid(self) -> int:
+        """How many rows were captured."""
+        return int(self.valid_T.sum())
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RoutingTrace):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        arrays = (self.experts_TLK.tobytes(), self.valid_T.tobytes(), self.tokens is None)
+        facts = (self.layout, self.num_tokens, self.token_sha256, self.start, self.weight_spans)
+        return (*arrays, *facts, self.order, self.fingerprint, self.engine)
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        return (
+            f"RoutingTrace(T={self.num_rows} ({self.num_valid} valid), L={layout.num_layers}, K={layout.top_k}, "
+            f"E={layout.num_experts}, start={self.start}, order={self.order!r}, engine={self.engine!r})"
+        )
+
+    def weight_version(self, row: int) -> str | None:
+        """Version of the weights that computed row `row` (an index into this trace), or None when unknown."""
+        versions = [span.version for span in self.weight_spans if span.start <= row]
+        return versions[-1] if versions else None
+
+    def slice(self, start: int, stop: int) -> RoutingTrace:
+        """Rows of the positions `start <= position < stop`; the tokens stay whole, so the slice can still be checked.
+
+        Raises:
+            InvalidTraceError: the positions are not all in this trace.
+        """
+        if not self.start <= start <= stop <= self.stop:
+            raise InvalidTraceError(
+                "the slice leaves the trace",
+                expected=f"{self.start} <= start <= stop <= {self.stop}",
+                got=f"{start}, {stop}",
+            )
+        first, last = start - self.start, stop - self.start
+        spans: list[WeightSpan] = []
+        for span in self.weight_spans:
+            moved = WeightSpan(max(span.start - first, 0), span.version)
+            if moved.start == 0:
+                spans = [moved]
+            elif moved.start < last - first:
+                spans.append(moved)
+        return replace(
+            self,
+            experts_TLK=self.experts_TLK[first:last],
+            valid_T=self.valid_T[first:last],
+            start=start,
+            weight_spans=tuple(spans),
+        )
+
+    def concat(self, later: RoutingTrace) -> RoutingTrace:
+        """This trace followed by a later turn of the same conversation: `later.start` must be `self.stop`.
+
+        The tokens of the later turn must begin with those of this one (a re-tokenised or edited context does not).
+
+        Raises:
+            LayoutMismatchError: the traces come from different models.
+            TokenMismatchError: the later tokens do not continue these; says the first position that differs.
+            InvalidTraceError: rows are missing or doubled between the two.
+        """
+        self.layout.require_same(later.layout, "the later turn")
+        if self.fingerprint and later.fingerprint and self.fingerprint != later.fingerprint:
+            raise LayoutMismatchError(
+                "the two turns were routed by different models", expected=self.fingerprint, got=later.fingerprint
+            )
+        if self.tokens is None or later.tokens is None:
+            raise TokenMismatchError("traces without token ids cannot be joined", fix="Keep the token ids.")
+        position = first_difference(self.tokens, later.tokens)
+        if position is not None or len(later.tokens) < len(self.tokens):
+            where = len(later.tokens) if position is None else position
+            raise TokenMismatchError(
+                f"the later turn's tokens do not continue this one's: first difference at position {where}",
+                expected=self.tokens[where],
+                got=None if where >= len(later.tokens) else later.tokens[where],
+                fix="Send token ids, not text, from turn to turn.",
+            )
+        if later.start != self.stop:
+            raise InvalidTraceError(
+                "the later turn's rows do not follow on", expected=f"start {self.stop}", got=later.start
+            )
+        spans = list(self.weight_spans)
+        for span in later.weight_spans:
+            if not spans or spans[-1].version != span.version:
+                spans.append(WeightSpan(span.start + self.num_rows, span.version))
+        return replace(
+            later,
+            experts_TLK=np.concatenate([self.experts_TLK, later.experts_TLK]),
+            valid_T=np.concatenate([self.valid_T, later.valid_T]),
+            start=self.start,
+            weight_spans=tuple(spans) if self.weight_spans and later.weight_spans else (),
+            order="rank" if self.order == later.order == "rank" else "set",
+        )
+
+    def require_tokens(self, tokens: Sequence[int] | np.ndarray, whose: str) -> None:
+        """Raise `TokenMismatchError` unless `tokens` (from position 0 on) are those this trace was recorded on.
+
+        A shorter or longer sequence passes as long as the common part is equal (a truncated context, or a context that
+        went on); where only the hash is known, lengths must be equal.
+        """
+        tokens = np.asarray(tokens, dtype=np.int64)
+        if self.tokens is None:
+            if len(tokens) != self.num_tokens or token_sha256(tokens) != self.token_sha256:
+                raise TokenMismatchError(
+                    f"the trace was recorded on other tokens than {whose}",
+                    expected=f"{self.num_tokens} tokens with SHA-256 {self.token_sha256[:16]}...",
+                    got=f"{len(tokens)} with {token_sha256(tokens)[:16]}...",
+                    fix="Pass the traces in the order of the sequences.",
+                )
+            return
+        position = first_difference(self.tokens, tokens)
+        if position is not None:
+            raise TokenMismatchError(
+                f"the trace was recorded on other tokens than {whose}: first difference at position {position}",
+                expected=f"token {self.tokens[position]}",
+                got=f"token {tokens[position]}",
+                fix="Pass the traces in the order of the sequences, and the token ids that the engine returned.",
+            )
