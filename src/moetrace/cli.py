@@ -60,6 +60,7 @@ def _serve(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingExtraError.of(error, "server") from error
 
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
     engine = TransformersEngine.load(args.model, config)
     try:

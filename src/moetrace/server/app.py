@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from moetrace import __version__
 from moetrace.dialects import to_lightllm
@@ -45,6 +46,10 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None) -> FastAPI:
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
         return _error(422, _explain(error))
 
+    @app.exception_handler(HTTPException)
+    async def refuse_http(_: Request, error: HTTPException) -> JSONResponse:
+        return _error(error.status_code, RequestError(f"the request cannot be served ({error.detail})"))
+
     @app.get("/health", summary="200 while the engine can serve, else 503")
     async def health() -> JSONResponse:
         healthy = engine.is_healthy()
@@ -74,6 +79,12 @@ def _prompt_tokens(request: GenerateRequest, tokenizer: Tokenizer | None) -> lis
             got="text",
             fix="Send token ids.",
         )
+    try:
+        request.inputs.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "inputs is not valid Unicode", expected="text that UTF-8 can hold", got=str(error)
+        ) from error
     return tokenizer.encode(request.inputs, add_special_tokens=request.parameters.add_special_tokens)
 
 
@@ -117,8 +128,12 @@ def _explain(error: RequestValidationError) -> RequestError:
             fix='Send {"inputs": "text or token ids", "parameters": {...}}.',
         )
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "the request body"
-    value = repr(first.get("input"))
+    expected, value = first["msg"], repr(first.get("input"))
+    if place.startswith("inputs."):
+        place, expected = "inputs", "text, or a list of token ids"
     return RequestError(
-        f"{place} is wrong", expected=first["msg"], got=value if len(value) <= 80 else f"{value[:77]}...",
+        f"{place} is wrong",
+        expected=expected,
+        got=value if len(value) <= 80 else f"{value[:77]}...",
         fix="See /docs for the request's fields.",
-    )  # fmt: skip
+    )

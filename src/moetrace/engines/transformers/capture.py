@@ -27,7 +27,7 @@ from torch import nn
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from moetrace.errors import CaptureError
-from moetrace.recorder import SequenceRows, Staging, commit_rows
+from moetrace.recorder import PagedRows, SequenceRows, Staging, commit_rows
 from moetrace.routers import tap_model
 from moetrace.trace import Order
 
@@ -45,6 +45,12 @@ class _Share:
     start: int
     count: int
 
+    def tokens(self) -> list[int]:
+        """The tokens at its positions; known once the step before has been harvested."""
+        prompt, generated = self.state.initial_tokens, self.state.generated_tokens
+        stop, split = self.start + self.count, len(prompt)
+        return prompt[self.start : stop] + generated[max(self.start - split, 0) : max(stop - split, 0)]
+
 
 @dataclass
 class _Step:
@@ -60,11 +66,11 @@ class _Step:
 
 
 @dataclass
-class _Page:
-    """The rows of one full KV page, and the tokens they were computed for."""
+class _Sequence:
+    """A request's rows, and the engine's state object they were last planned for."""
 
-    tokens: list[int]
-    experts_TLK: np.ndarray
+    rows: SequenceRows
+    state: Any = None
 
 
 @dataclass
@@ -90,10 +96,10 @@ class StepCapture:
         self.counts = CaptureCounts()
         self._staging = Staging(self.layout, _require(self._cache, "max_batch_tokens"), device)
         self._steps: deque[_Step] = deque()
-        self._sequences: dict[str, SequenceRows] = {}
-        self._pages: dict[int, _Page] = {}
+        self._sequences: dict[str, _Sequence] = {}
         self._processor = batch_processor
-        self._page_tokens, self._block_table = _block_table_of(self._cache)
+        page_size, self._block_table = _block_table_of(self._cache)
+        self._pages = PagedRows(self.layout, page_size)
         logger.info(
             "capture on: staging %.1f MiB for steps of up to %d tokens, %d bytes a row on the host",
             self._staging.ids_LNK.nbytes / 2**20,
@@ -152,7 +158,8 @@ class StepCapture:
 
     def collect(self, request_id: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Take away a finished request's rows: `experts_TLK` and `valid_T`, both `num_rows` long."""
-        rows = self._sequences.pop(request_id, None) or SequenceRows(self.layout)
+        sequence = self._sequences.pop(request_id, None)
+        rows = SequenceRows(self.layout) if sequence is None else sequence.rows
         experts_TLK, valid_T = rows.read(0, num_rows)
         self.counts.missing_rows += int(num_rows - valid_T.sum())
         return experts_TLK, valid_T
@@ -160,10 +167,20 @@ class StepCapture:
     def _plan(self, requests: list[Any]) -> _Step:
         shares = [_Share(r.state, r.state.position_offset, r.query_length) for r in requests]
         for share in shares:
-            rows = self._sequences.setdefault(share.state.request_id, SequenceRows(self.layout))
-            if share.start and rows.missing(0, share.start):
-                self._copy_reused_prefix(share, rows)
+            self._admit(share)
         return _Step(list(requests), shares)
+
+    def _admit(self, share: _Share) -> None:
+        """When a request (or what a preempted one became) is first planned, positions before its share are not its own:
+        it was given pages that hold them. Later, missing positions are steps in flight."""
+        state = share.state
+        sequence = self._sequences.setdefault(state.request_id, _Sequence(SequenceRows(self.layout)))
+        if sequence.state is not state:
+            sequence.state = state
+            if share.start:
+                pages = self._block_table.get(state.request_id, [])
+                prefix = state.initial_tokens[: share.start]
+                self.counts.reused_rows += self._pages.copy_to(sequence.rows, pages, prefix)
 
     def _commit(self, step: _Step) -> None:
         """Narrow on the compute stream, where the next step cannot overwrite staging first; copy beside it."""
@@ -193,42 +210,13 @@ class StepCapture:
         first = 0
         for share in step.shares:
             if share.state.status not in _DISCARDED:
-                rows = self._sequences[share.state.request_id]
-                rows.write(share.start, rows_NLK[first : first + share.count])
-                self._keep_full_pages(share, rows)
+                share_rows = rows_NLK[first : first + share.count]
+                self._sequences[share.state.request_id].rows.write(share.start, share_rows)
+                if self._cache.use_prefix_sharing:
+                    pages = self._block_table.get(share.state.request_id, [])
+                    self._pages.write(pages, share.start, share.tokens(), share_rows)
                 self.counts.rows += share.count
             first += share.count
-
-    def _keep_full_pages(self, share: _Share, rows: SequenceRows) -> None:
-        """Remember the rows of every page this step filled: another request may be given that page."""
-        if not self._cache.use_prefix_sharing:
-            return
-        size = self._page_tokens
-        first, last = share.start // size, (share.start + share.count) // size
-        if first == last:
-            return
-        table = self._block_table.get(share.state.request_id, [])
-        tokens = share.state.initial_tokens + share.state.generated_tokens
-        for page in range(first, min(last, len(table))):
-            experts_TLK, valid_T = rows.read(page * size, (page + 1) * size)
-            if valid_T.all():
-                self._pages[table[page]] = _Page(tokens[page * size : (page + 1) * size], experts_TLK)
-            else:
-                self._pages.pop(table[page], None)
-
-    def _copy_reused_prefix(self, share: _Share, rows: SequenceRows) -> None:
-        """Rows for positions the engine did not compute for this request: it was given pages that hold them.
-
-        A page whose rows were not captured, or were captured for other tokens, leaves its rows missing.
-        """
-        size = self._page_tokens
-        table = self._block_table.get(share.state.request_id, [])
-        for page in range(min(-(-share.start // size), len(table))):
-            kept, start = self._pages.get(table[page]), page * size
-            stop = min(start + size, share.start)
-            if kept is not None and kept.tokens[: stop - start] == share.state.initial_tokens[start:stop]:
-                rows.write(start, kept.experts_TLK[: stop - start])
-                self.counts.reused_rows += stop - start
 
 
 def _require(owner: Any, name: str) -> Any:

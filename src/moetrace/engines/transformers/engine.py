@@ -70,7 +70,7 @@ class TransformersEngine:
             self._manager.warmup()
         cache = processor.cache
         self._cache_tokens = cache.num_blocks * _page_size(self._manager.continuous_batching_config)
-        self.max_model_len = min(window, self._cache_tokens - 1)
+        self.max_model_len = min(window, self._cache_tokens)
         self._ids = itertools.count()
         self._pending: dict[str, _Pending] = {}
         self._lock = threading.Lock()
