@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +66,7 @@ def main() -> int:
     parser.add_argument("--rollout", type=Path, required=True, help="folder that examples/demo.py wrote")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     traces = moetrace.load_file(args.rollout / "traces.safetensors")
     rollout = json.loads((args.rollout / "rollout.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(

@@ -48,33 +48,44 @@ def segments_of(
     Raises:
         ReplayError: the arguments contradict each other or the batch.
     """
+    shape = input_ids_BS.shape
     if input_ids_BS.ndim != 2:
-        raise ReplayError("input_ids must be a batch", expected="shape [B, S]", got=f"shape {input_ids_BS.shape}")
+        raise ReplayError("input_ids must be a batch", expected="shape [B, S]", got=f"shape {shape}")
+    if not input_ids_BS.size:
+        raise ReplayError("input_ids is empty", expected="at least one token", got=f"shape {shape}")
+    positions_BS = None if position_ids is None else _positions(to_numpy(position_ids), shape)
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ReplayError(
+            "a batch is packed or padded, not both", expected="cu_seqlens or attention_mask", got="cu_seqlens and mask"
+        )
     if cu_seqlens is not None:
-        return _from_boundaries(to_numpy(cu_seqlens), input_ids_BS.size)
-    if attention_mask is not None:
-        return _from_mask(to_numpy(attention_mask), input_ids_BS.shape)
-    if position_ids is not None:
-        return _from_positions(to_numpy(position_ids), input_ids_BS.shape)
-    rows, columns = input_ids_BS.shape
-    return [Segment(row * columns, (row + 1) * columns) for row in range(rows)]
+        segments = _from_boundaries(to_numpy(cu_seqlens), input_ids_BS.size)
+    elif attention_mask is not None:
+        segments = _from_mask(to_numpy(attention_mask), shape)
+    elif positions_BS is not None:
+        segments = _from_positions(positions_BS)
+    else:
+        segments = [Segment(row * shape[1], (row + 1) * shape[1]) for row in range(shape[0])]
+    if positions_BS is not None:
+        _require_counting_up(positions_BS.reshape(-1), segments)
+    return segments
 
 
 def _from_boundaries(cu_seqlens: np.ndarray, num_tokens: int) -> list[Segment]:
-    steps = np.diff(cu_seqlens)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (steps <= 0).any():
+    bounds = np.atleast_1d(cu_seqlens).astype(np.int64)
+    if cu_seqlens.ndim != 1 or len(bounds) < 2 or bounds[0] != 0 or (np.diff(bounds) <= 0).any():
         raise ReplayError("cu_seqlens must be flat boundaries", expected="0 < ... ascending", got=cu_seqlens.tolist())
-    if cu_seqlens[-1] > num_tokens:
-        raise ReplayError("cu_seqlens leaves the batch", expected=f"<= {num_tokens} tokens", got=int(cu_seqlens[-1]))
-    return [Segment(int(a), int(b)) for a, b in pairwise(cu_seqlens)]
+    if bounds[-1] > num_tokens:
+        raise ReplayError("cu_seqlens leaves the batch", expected=f"<= {num_tokens} tokens", got=int(bounds[-1]))
+    return [Segment(int(a), int(b)) for a, b in pairwise(bounds)]
 
 
 def _from_mask(mask_BS: np.ndarray, shape: tuple[int, ...]) -> list[Segment]:
-    if mask_BS.shape != shape:
+    if mask_BS.shape != shape or not np.isin(mask_BS, (0, 1)).all():
         raise ReplayError(
             "attention_mask does not fit input_ids",
-            expected=f"shape {shape}",
-            got=f"shape {mask_BS.shape}",
+            expected=f"shape {shape} of ones and zeros",
+            got=f"shape {mask_BS.shape}, values up to {mask_BS.max(initial=0)}",
             fix="For packed batches pass cu_seqlens or position_ids.",
         )
     segments = []
@@ -91,18 +102,24 @@ def _from_mask(mask_BS: np.ndarray, shape: tuple[int, ...]) -> list[Segment]:
     return segments
 
 
-def _from_positions(positions_BS: np.ndarray, shape: tuple[int, ...]) -> list[Segment]:
-    positions_BS = np.broadcast_to(positions_BS, shape)
+def _positions(position_ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if position_ids.shape not in (shape, (1, shape[1]), shape[1:]):
+        raise ReplayError("position_ids does not fit input_ids", expected=f"shape {shape}", got=position_ids.shape)
+    return np.broadcast_to(position_ids, shape)
+
+
+def _from_positions(positions_BS: np.ndarray) -> list[Segment]:
     if (positions_BS[:, 0] != 0).any():
         raise ReplayError("position_ids must begin at 0 in every row", got=positions_BS[:, 0].tolist())
-    flat = positions_BS.reshape(-1)
-    starts = np.flatnonzero(flat == 0)
-    stops = np.append(starts[1:], len(flat))
-    for start, stop in zip(starts, stops, strict=True):
-        if (flat[start:stop] != np.arange(stop - start)).any():
+    bounds = np.append(np.flatnonzero(positions_BS.reshape(-1) == 0), positions_BS.size)
+    return [Segment(int(a), int(b)) for a, b in pairwise(bounds)]
+
+
+def _require_counting_up(positions_N: np.ndarray, segments: list[Segment]) -> None:
+    for start, stop in ((segment.start, segment.stop) for segment in segments):
+        if (positions_N[start:stop] != np.arange(stop - start)).any():
             raise ReplayError(
                 f"position_ids of the sequence at token {start} are not 0, 1, 2, ...",
-                got=flat[start : min(stop, start + 8)].tolist(),
+                got=positions_N[start : min(stop, start + 8)].tolist(),
                 fix="Padding inside a packed batch needs cu_seqlens.",
             )
-    return [Segment(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]

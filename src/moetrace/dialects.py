@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moetrace.errors import FormatError
+from moetrace.errors import FormatError, TokenMismatchError
 from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
 
 MISSING_ID = -1
@@ -64,7 +65,8 @@ def from_lightllm(
         raise FormatError(
             "the payload is not LightLLM's", expected="keys shape, dtype, data", got=repr(error)
         ) from error
-    if dtype != "int32" or payload.get("layout", "LTK") != "LTK" or len(shape) != 3 or min(shape) < 0:
+    right_shape = isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n >= 0 for n in shape)
+    if dtype != "int32" or payload.get("layout", "LTK") != "LTK" or not right_shape:
         raise FormatError(
             "the payload is not layer-major int32",
             expected="dtype 'int32', shape [L, T, K]",
@@ -74,11 +76,25 @@ def from_lightllm(
         ids = np.frombuffer(base64.b64decode(data, validate=True), "<i4")
     except (binascii.Error, ValueError, TypeError) as error:
         raise FormatError(f"the payload's data is not base64 of int32 ({error})") from error
-    if ids.size != int(np.prod(shape)):
+    if ids.size != math.prod(shape):
         raise FormatError("the payload's data does not fill its shape", expected=f"{shape} ids", got=f"{ids.size} ids")
     ids_TLK = ids.reshape(shape).transpose(1, 0, 2)
+    try:
+        trace = _trace_of(ids_TLK, payload, tokens, layout)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"the payload's description is broken ({error!r})") from error
+    if payload.get("token_sha256", trace.token_sha256) != trace.token_sha256:
+        raise TokenMismatchError(
+            "the payload was recorded on other tokens", expected=payload["token_sha256"], got=trace.token_sha256
+        )
+    return trace
+
+
+def _trace_of(
+    ids_TLK: np.ndarray, payload: dict[str, Any], tokens: Sequence[int] | np.ndarray, layout: MoeLayout | None
+) -> RoutingTrace:
     if "layers" in payload and "num_experts" in payload:
-        own = MoeLayout(tuple(payload["layers"]), payload["num_experts"], shape[2])
+        own = MoeLayout(payload["layers"], payload["num_experts"], ids_TLK.shape[2])
         if layout is not None:
             own.require_same(layout, "the model")
         layout = own
@@ -87,11 +103,9 @@ def from_lightllm(
             "the payload does not say its layers and experts", fix="Pass layout=moetrace.layout_of(model)."
         )
     valid_T = (ids_TLK != MISSING_ID).all(axis=(1, 2))
-    if "valid" in payload:
-        stated_T = _unpack_valid(payload["valid"], len(valid_T))
-        if (stated_T != valid_T).any():
-            raise FormatError("the payload's validity bitmap contradicts its ids", got=f"{payload['valid']!r}")
-    trace = RoutingTrace.build(
+    if "valid" in payload and (_unpack_valid(payload["valid"], len(valid_T)) != valid_T).any():
+        raise FormatError("the payload's validity bitmap contradicts its ids", got=f"{payload['valid']!r}")
+    return RoutingTrace.build(
         ids_TLK,
         layout,
         tokens,
@@ -102,11 +116,6 @@ def from_lightllm(
         fingerprint=payload.get("fingerprint", ""),
         engine=payload.get("engine", "lightllm"),
     )
-    if payload.get("token_sha256", trace.token_sha256) != trace.token_sha256:
-        raise FormatError(
-            "the payload was recorded on other tokens", expected=payload["token_sha256"], got=trace.token_sha256
-        )
-    return trace
 
 
 def _base64(array: np.ndarray) -> str:
@@ -114,7 +123,7 @@ def _base64(array: np.ndarray) -> str:
 
 
 def _unpack_valid(text: str, num_rows: int) -> np.ndarray:
-    bits = np.frombuffer(base64.b64decode(text), np.uint8)
+    bits = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     if len(bits) != (num_rows + 7) // 8:
         raise FormatError(
             "the payload's validity bitmap has a wrong length", expected=f"{num_rows} bits", got=len(bits)

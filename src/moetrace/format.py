@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,14 +71,14 @@ def load(data: bytes) -> list[RoutingTrace]:
 def save_file(traces: RoutingTrace | Sequence[RoutingTrace], path: str | os.PathLike[str]) -> None:
     """Write a container file; it appears whole or not at all."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(save(traces))
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
+    data = save(traces)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_file(path: str | os.PathLike[str]) -> list[RoutingTrace]:
@@ -96,7 +96,7 @@ def _read_headers(data: bytes) -> list[dict]:
         header = json.loads(data[8 : 8 + length])["__metadata__"][KEY]
         content = json.loads(header)
         version, headers = content["version"], content["traces"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(
             "the bytes are not a moetrace container",
             expected=f"a safetensors file with the metadata key {KEY!r}",
@@ -120,6 +120,8 @@ def _read_trace(i: int, header: dict, tensors: dict[str, np.ndarray]) -> Routing
     if packed.dtype != np.uint8 or packed.shape != ((num_rows + 7) // 8,):
         raise FormatError(f"trace {i} has a broken validity bitmap", expected=f"{num_rows} bits", got=packed.shape)
     tokens = tensors.get(f"{i}.tokens")
+    if tokens is not None and (tokens.dtype != np.uint32 or tokens.ndim != 1):
+        raise FormatError(f"trace {i} has broken tokens", expected="uint32 [num_tokens]", got=f"{tokens.dtype}")
     return RoutingTrace(
         experts_TLK=tensors[f"{i}.experts"],
         valid_T=np.unpackbits(packed, count=num_rows).astype(bool),

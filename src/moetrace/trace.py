@@ -25,6 +25,27 @@ def token_sha256(tokens: Sequence[int] | np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes()).hexdigest()
 
 
+def _as_int(value: object, what: str) -> int:
+    """A whole number as a Python int; numpy's are welcome, floats and bools are not."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    raise InvalidTraceError(f"{what} is not a whole number", expected="an integer", got=repr(value))
+
+
+def _require_text(value: object, what: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidTraceError(f"{what} is not text", expected="a string", got=repr(value))
+
+
+def _require_token_ids(tokens: np.ndarray) -> np.ndarray:
+    """Token ids of one sequence, as the hash can tell them apart."""
+    if tokens.ndim != 1 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < 1 << 32):
+        raise InvalidTraceError(
+            "tokens must be the ids of one sequence", expected="1 axis, 0 <= id < 2**32", got=f"shape {tokens.shape}"
+        )
+    return tokens
+
+
 def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
     """Position of the first unequal id of two 1-D arrays over their common length, or None."""
     n = min(len(a), len(b))
@@ -47,7 +68,11 @@ class MoeLayout:
     top_k: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        if isinstance(self.layers, str):
+            raise InvalidTraceError("layers must be decoder-layer numbers", expected="integers", got=repr(self.layers))
+        object.__setattr__(self, "layers", tuple(_as_int(layer, "a layer number") for layer in self.layers))
+        object.__setattr__(self, "num_experts", _as_int(self.num_experts, "num_experts"))
+        object.__setattr__(self, "top_k", _as_int(self.top_k, "top_k"))
         if not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers)):
             raise InvalidTraceError(
                 "layers must be ascending decoder-layer numbers", expected="at least one, no repeats", got=self.layers
@@ -91,6 +116,10 @@ class WeightSpan:
 
     start: int
     version: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _as_int(self.start, "the start of a weight span"))
+        _require_text(self.version, "a weight version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +200,7 @@ class RoutingTrace:
                 expected=f"0 <= id < {layout.num_experts}",
                 got=experts_TLK[row, layer, rank],
             )
-        tokens = np.array(tokens, dtype=np.int64)
+        tokens = _require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
             experts_TLK=experts_TLK.astype(layout.dtype),
             valid_T=valid_T,
@@ -187,9 +216,13 @@ class RoutingTrace:
         )
 
     def __post_init__(self) -> None:
+        for name in ("num_tokens", "start"):
+            object.__setattr__(self, name, _as_int(getattr(self, name), name))
+        for name in ("token_sha256", "fingerprint", "engine"):
+            _require_text(getattr(self, name), name)
         for name in ("experts_TLK", "valid_T", "tokens"):
             array = getattr(self, name)
-            if array is not None and (array.flags.writeable or not array.flags.c_contiguous):
+            if array is not None and (array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous)):
                 array = np.array(array, order="C")
                 array.flags.writeable = False
                 object.__setattr__(self, name, array)
@@ -201,6 +234,8 @@ class RoutingTrace:
 
     def _check_arrays(self) -> None:
         experts_TLK, valid_T, layout = self.experts_TLK, self.valid_T, self.layout
+        if valid_T.dtype != np.bool_ or valid_T.ndim != 1:
+            raise InvalidTraceError("valid_T must be [T] bool", got=f"shape {valid_T.shape}, dtype {valid_T.dtype}")
         shape = (len(valid_T), layout.num_layers, layout.top_k)
         if experts_TLK.shape != shape or experts_TLK.dtype != layout.dtype:
             raise InvalidTraceError(
@@ -209,8 +244,6 @@ class RoutingTrace:
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
                 fix="Axes are [T, L, K], token-major; use RoutingTrace.build to narrow other integer dtypes.",
             )
-        if valid_T.dtype != np.bool_ or valid_T.ndim != 1:
-            raise InvalidTraceError("valid_T must be [T] bool", got=f"shape {valid_T.shape}, dtype {valid_T.dtype}")
         if experts_TLK[~valid_T].any():
             raise InvalidTraceError("rows that are not valid must hold zeros", expected="0", got="other ids")
         if experts_TLK.size and int(experts_TLK.max()) >= layout.num_experts:
@@ -229,6 +262,8 @@ class RoutingTrace:
             )
 
     def _check_tokens(self) -> None:
+        if self.tokens is not None:
+            _require_token_ids(self.tokens)
         if self.tokens is not None and len(self.tokens) != self.num_tokens:
             raise InvalidTraceError(
                 "num_tokens is not the number of tokens", expected=len(self.tokens), got=self.num_tokens
@@ -351,12 +386,16 @@ class RoutingTrace:
             raise InvalidTraceError(
                 "the later turn's rows do not follow on", expected=f"start {self.stop}", got=later.start
             )
+        if not self.num_rows or not later.num_rows:  # nothing to join, but the longer context
+            whole = later if later.num_rows else self
+            return replace(whole, tokens=later.tokens, num_tokens=later.num_tokens, token_sha256=later.token_sha256)
         spans = list(self.weight_spans)
         for span in later.weight_spans:
             if not spans or spans[-1].version != span.version:
                 spans.append(WeightSpan(span.start + self.num_rows, span.version))
         return replace(
             later,
+            fingerprint=later.fingerprint or self.fingerprint,
             experts_TLK=np.concatenate([self.experts_TLK, later.experts_TLK]),
             valid_T=np.concatenate([self.valid_T, later.valid_T]),
             start=self.start,
@@ -371,6 +410,8 @@ class RoutingTrace:
         went on); where only the hash is known, lengths must be equal.
         """
         tokens = np.asarray(tokens, dtype=np.int64)
+        if self.tokens is None or tokens.ndim != 1:
+            _require_token_ids(tokens)
         if self.tokens is None:
             if len(tokens) != self.num_tokens or token_sha256(tokens) != self.token_sha256:
                 raise TokenMismatchError(

@@ -39,10 +39,16 @@ class Staging:
         """Most tokens a step can have."""
         return self.ids_LNK.shape[1]
 
+    def require_room(self, num_tokens: int) -> None:
+        """Raise `CaptureError` for a step that staging cannot hold."""
+        if num_tokens > self.capacity:
+            raise CaptureError(
+                "a step has more tokens than staging holds", expected=f"<= {self.capacity}", got=num_tokens
+            )
+
     def on_selection(self, selection: Selection) -> None:
         tokens = selection.indices_NK.shape[0]
-        if tokens > self.capacity:
-            raise CaptureError("a step has more tokens than staging holds", expected=f"<= {self.capacity}", got=tokens)
+        self.require_room(tokens)
         self.ids_LNK[selection.site.index, :tokens].copy_(selection.indices_NK)
         if not selection.sorted:
             self.order = "set"
@@ -53,6 +59,7 @@ def commit_rows(staging: Staging, num_tokens: int) -> torch.Tensor:
 
     Launched on the current stream right after the step, before the next step can overwrite staging.
     """
+    staging.require_room(num_tokens)
     ids_NLK = staging.ids_LNK[:, :num_tokens].permute(1, 0, 2)
     rows_NLK = torch.empty(ids_NLK.shape, dtype=torch_dtype(staging.layout), device=ids_NLK.device)
     return rows_NLK.copy_(ids_NLK)

@@ -59,7 +59,7 @@ class AlignedRoutes:
 
 
 def align(
-    traces: Sequence[RoutingTrace],
+    traces: RoutingTrace | Sequence[RoutingTrace],
     input_ids: Any,
     *,
     attention_mask: Any = None,

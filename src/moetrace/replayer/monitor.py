@@ -30,7 +30,7 @@ class ReplayStats:
     Attributes:
         forwards: forward passes seen.
         replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward.
-        overlap: mean share of the K live choices that the replayed row has too, 0..1.
+        overlap: mean share of the K live choices that the replayed row has too, 0..1; NaN when nothing was replayed.
         router_mismatch: share of (token, layer) pairs where the live router would have chosen another set.
         token_mismatch: share of replayed tokens where it would have in at least one layer.
         overlap_per_layer: `overlap` of each MoE layer.
@@ -68,6 +68,11 @@ class OverlapMonitor:
         self._differs: dict[int, torch.Tensor] = {}
         self._masks: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @property
+    def forwards(self) -> int:
+        """Forward passes seen so far; known without waiting."""
+        return self._forwards
+
     def observe(self, layer: int, live_NK: torch.Tensor, given_NK: torch.Tensor) -> None:
         """Count one layer of one forward. No host synchronisation."""
         if layer == 0:
@@ -100,7 +105,7 @@ class OverlapMonitor:
         replayed = routes.count(TokenMode.REPLAY)
         counts = torch.stack([self._counts[layer].cpu() for layer in sorted(self._counts)] or [torch.zeros(7)])
         total = counts.sum(0).tolist()
-        seen = max(self._forwards * replayed * max(len(self._counts), 1), 1)
+        seen = self._forwards * replayed * len(self._counts)
         pairs = max(total[_PAIRS] * top_k, 1)
         gains = {
             "earlier": (total[_EARLIER] - total[_GIVEN_LATER]) / pairs,
@@ -115,10 +120,12 @@ class OverlapMonitor:
             replayed_tokens=replayed,
             live_tokens=routes.count(TokenMode.LIVE),
             padding_tokens=routes.count(TokenMode.PADDING),
-            overlap=total[_HITS] / (seen * top_k),
-            router_mismatch=1 - total[_SAME] / seen,
-            token_mismatch=int(differs.sum()) / max(replayed, 1),
-            overlap_per_layer=tuple((counts[:, _HITS] / max(self._forwards * replayed * top_k, 1)).tolist()),
+            overlap=_share(total[_HITS], seen * top_k),
+            router_mismatch=_share(seen - total[_SAME], seen),
+            token_mismatch=_share(int(differs.sum()), replayed if seen else 0),
+            overlap_per_layer=tuple(
+                _share(hits, self._forwards * replayed * top_k) for hits in counts[:, _HITS].tolist()
+            ),
             neighbour_rows=int(total[_PAIRS]) // max(self._forwards * max(len(self._counts), 1), 1),
             shift_gain=gains[best],
             best_shift=best,
@@ -130,6 +137,11 @@ class OverlapMonitor:
             follows_N = torch.from_numpy(self._routes.follows_N)
             self._masks[device] = (replayed_N.to(device, non_blocking=True), follows_N.to(device, non_blocking=True))
         return self._masks[device]
+
+
+def _share(count: float, of: int) -> float:
+    """A share of nothing is not a number."""
+    return count / of if of else float("nan")
 
 
 def _shared(a_NK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,11 @@ class ReplaySession:
             given_NK = torch.where(replayed_N1, given_NK, selection.live_NK)
         selection.indices_NK = given_NK
 
+    @property
+    def forwards(self) -> int:
+        """How many forward passes were replayed so far."""
+        return self._monitor.forwards
+
     def stats(self) -> ReplayStats:
         """How the live router agreed with the replayed routes so far. Waits for the device."""
         return self._monitor.stats()
@@ -76,7 +81,7 @@ class ReplaySession:
 @contextmanager
 def replay(
     model: nn.Module,
-    traces: Sequence[RoutingTrace] | AlignedRoutes,
+    traces: RoutingTrace | Sequence[RoutingTrace] | AlignedRoutes,
     *,
     input_ids: Any = None,
     attention_mask: Any = None,
@@ -127,6 +132,12 @@ def replay(
     session = ReplaySession(routes)
     with tap.active(session):
         yield session
+    if session.forwards == 0:
+        raise ReplayError(
+            "nothing was replayed: the model did not run inside the context",
+            expected=f"a forward of this {type(model).__name__} on this thread",
+            fix="Call the very model given to replay, not a copy of it.",
+        )
     if on_shift != "ignore":
         _judge_shift(session.stats(), on_shift)
 

@@ -30,6 +30,7 @@ _TOPK = {torch.topk, torch.Tensor.topk}
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
 _CHECKPOINT_MODULE = "torch.utils.checkpoint"
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
+_MARK = "_moetrace_tapped"
 
 
 @dataclass
@@ -70,28 +71,27 @@ class ModelTap:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
-            raise UnsupportedRouterError(
-                "a torch.compile'd model cannot be tapped",
-                expected="the eager model",
-                fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
-            )
         self.sites = find_routers(model)
         self.layout: MoeLayout = layout_of(model)
-        self.fingerprint = fingerprint_of(model)
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._users = 0
         self._undo: list[Callable[[], None]] = []
         self._thread = _ThreadState()
 
+    @property
+    def fingerprint(self) -> str:
+        """`fingerprint_of` the model as it is now."""
+        model = self._model()
+        return "" if model is None else fingerprint_of(model)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the taps in the model's routers for the length of the context."""
         with self._lock:
-            self._users += 1
-            if self._users == 1:
+            if self._users == 0:
                 self._install()
+            self._users += 1
         try:
             yield
         finally:
@@ -107,12 +107,17 @@ class ModelTap:
             yield
 
     def _install(self) -> None:
-        model = self._model()
-        if model is None:
-            return
+        for site in self.sites:
+            if hasattr(vars(site.module).get("forward"), _MARK):
+                raise UnsupportedRouterError(
+                    f"router {site.name} is already tapped through another module of the same model",
+                    expected="one and the same object in every record and replay that overlaps",
+                    fix="Pass the model itself each time, not its decoder or a wrapper of it.",
+                )
         for site in self.sites:
             self._replace(site.module, "forward", self._tapped(site, site.module.forward))
-        for module in model.modules():
+        model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
+        for module in model.modules() if model is not None else ():
             if callable(getattr(module, _CHECKPOINT_ATTRIBUTE, None)):
                 followed = self._followed(getattr(module, _CHECKPOINT_ATTRIBUTE))
                 self._replace(module, _CHECKPOINT_ATTRIBUTE, followed)
@@ -137,15 +142,16 @@ class ModelTap:
     def _tapped(self, site: RouterSite, forward: Callable) -> Callable:
         def tapped_forward(*args: Any, **kwargs: Any) -> Any:
             state = self._thread
-            if not state.sessions:
-                return forward(*args, **kwargs)
-            if not state.following and any(session.supplies_routes for session in state.sessions):
+            if not state.sessions or (_in_backward() and not state.following):
+                return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
+            if any(session.supplies_routes for session in state.sessions):
                 _refuse_unknown_checkpointing(site)
             with _TopkMode(site, state.sessions, state.recompute) as mode:
                 output = forward(*args, **kwargs)
             mode.verify(output)
             return output
 
+        setattr(tapped_forward, _MARK, True)
         return tapped_forward
 
     def _followed(self, checkpoint: Callable) -> Callable:
@@ -262,10 +268,15 @@ class _TopkMode(TorchFunctionMode):
             )
 
 
+def _in_backward() -> bool:
+    """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _refuse_unknown_checkpointing(site: RouterSite) -> None:
-    """A checkpoint that the tap does not follow would recompute with other routes, silently: refuse it."""
+    """A checkpoint that the tap does not follow would recompute with live routes, silently: refuse it."""
     frame = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and not (frame.f_code.co_name == "follow" and frame.f_globals is globals()):
         if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
@@ -286,6 +297,12 @@ def tap_model(model: nn.Module) -> ModelTap:
     Raises:
         NotMoeError, UnsupportedRouterError, LayoutMismatchError: see `layout_of`.
     """
+    if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedRouterError(
+            "a torch.compile'd model cannot be tapped",
+            expected="the eager model",
+            fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
+        )
     with _taps_lock:
         tap = _taps.get(model)
         routers = [site.module for site in find_routers(model)]

@@ -1,0 +1,351 @@
+"""The statistics of a replay equal a slow count in Python sets, and the shift alarm knows a shift from noise."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    FAMILIES,
+    NAMES,
+    ONE_OF_EACH,
+    build,
+    random_routes,
+    random_tokens,
+    router_spy,
+    routers_of,
+    trace_of,
+    traces_of,
+)
+
+from moetrace import record, replay
+from moetrace.errors import ReplayError, ShiftedRoutesError
+from moetrace.replayer import ReplayStats
+from moetrace.trace import RoutingTrace
+
+
+def recorded(model: Any, tokens: torch.Tensor, **where: Any) -> list[RoutingTrace]:
+    with torch.no_grad(), record(model) as recording:
+        model(tokens, **where)
+    return recording.traces(tokens, **where)
+
+
+def with_ids(trace: RoutingTrace, ids_TLK: np.ndarray, valid_T: np.ndarray | None = None) -> RoutingTrace:
+    assert trace.tokens is not None
+    return RoutingTrace.build(ids_TLK, trace.layout, trace.tokens, valid_T=valid_T, fingerprint=trace.fingerprint)
+
+
+def shifted(trace: RoutingTrace, by: int) -> RoutingTrace:
+    """Row t holds what row t - by should: +1 is late by one, -1 is early by one. No shape check can see it."""
+    return with_ids(trace, np.roll(trace.experts_TLK, by, axis=0))
+
+
+def with_noise(trace: RoutingTrace, share: float, seed: int = 0) -> RoutingTrace:
+    """A share of the ids replaced by experts their route did not have."""
+    generator = np.random.default_rng(seed)
+    ids_TLK = trace.experts_TLK.astype(np.int64)
+    for index in np.argwhere(generator.random(ids_TLK.shape) < share):
+        row, layer, k = index
+        others = [expert for expert in range(trace.layout.num_experts) if expert not in ids_TLK[row, layer]]
+        ids_TLK[row, layer, k] = generator.choice(others)
+    return with_ids(trace, ids_TLK)
+
+
+def slow_counts(live_TLK: list[Any], given_TLK: list[Any], rows: list[int]) -> dict[str, Any]:
+    """Overlap and mismatch of `rows`, by plain Python sets."""
+    layers, top_k = len(given_TLK[0]), len(given_TLK[0][0])
+    shared = [[len(set(live_TLK[n][layer]) & set(given_TLK[n][layer])) for layer in range(layers)] for n in rows]
+    same = [[set(live_TLK[n][layer]) == set(given_TLK[n][layer]) for layer in range(layers)] for n in rows]
+    return {
+        "overlap": sum(map(sum, shared)) / (len(rows) * layers * top_k),
+        "router_mismatch": sum(not equal for row in same for equal in row) / (len(rows) * layers),
+        "token_mismatch": sum(not all(row) for row in same) / len(rows),
+        "overlap_per_layer": tuple(sum(row[layer] for row in shared) / (len(rows) * top_k) for layer in range(layers)),
+    }
+
+
+def live_choices(model: Any, name: str, hidden: list[torch.Tensor]) -> list[Any]:
+    """`[N][L][K]` what the routers choose for the given inputs, outside of any replay."""
+    with torch.no_grad():
+        ids = [router(x)[2] for router, x in zip(routers_of(model, name), hidden, strict=True)]
+    return torch.stack(ids, dim=1).tolist()
+
+
+def replayed_with_inputs(
+    model: Any, name: str, traces: list[RoutingTrace], tokens: torch.Tensor, forwards: int = 1, **where: Any
+) -> tuple[ReplayStats, list[Any]]:
+    """Statistics of a replay, and the live choices for the very router inputs of its last forward."""
+    hidden: list[torch.Tensor] = []
+    handles = [
+        router.register_forward_pre_hook(lambda _, args: hidden.append(args[0])) for router in routers_of(model, name)
+    ]
+    masks = {key: value for key, value in where.items() if key == "attention_mask"}
+    with torch.no_grad(), replay(model, traces, input_ids=tokens, on_shift="ignore", **where) as session:
+        for _ in range(forwards):
+            model(tokens, **masks)
+    for handle in handles:
+        handle.remove()
+    return session.stats(), live_choices(model, name, hidden[-len(routers_of(model, name)) :])
+
+
+@pytest.mark.parametrize("forwards", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_equal_a_slow_count_in_sets(name: str, forwards: int) -> None:
+    model, tokens = build(name), random_tokens(2, 12)
+    noisy = [with_noise(trace, 0.3) for trace in recorded(model, tokens)]
+    stats, live = replayed_with_inputs(model, name, noisy, tokens, forwards)
+    given = np.concatenate([trace.experts_TLK for trace in noisy]).tolist()
+    expected = slow_counts(live, given, list(range(24)))
+    assert 0.3 < expected["overlap"] < 1
+    for measure, value in expected.items():
+        assert getattr(stats, measure) == pytest.approx(value, abs=1e-6), measure
+    assert stats.forwards == forwards
+    assert (stats.replayed_tokens, stats.live_tokens, stats.padding_tokens) == (24, 0, 0)
+    assert stats.neighbour_rows == 22
+
+
+def slow_gains(live: list[Any], given: list[Any], pairs: list[int]) -> dict[str, float]:
+    """Gain in overlap from replaying row n - 1 ("earlier") or n + 1 ("later") at n; pair n is rows n - 1 and n."""
+    layers, top_k = range(len(given[0])), len(given[0][0])
+
+    def overlap(at: list[int], row_of: int) -> float:
+        hits = [len(set(live[n][layer]) & set(given[n + row_of][layer])) for n in at for layer in layers]
+        return sum(hits) / (len(hits) * top_k)
+
+    firsts = [n - 1 for n in pairs]
+    return {
+        "earlier": overlap(pairs, -1) - overlap(pairs, 0),
+        "later": overlap(firsts, 1) - overlap(firsts, 0),
+    }
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_padding_and_rows_that_are_missing_count_nowhere(name: str) -> None:
+    model, tokens = build(name), random_tokens(3, 12)
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[0, :4] = mask[2, 9:] = 0
+    valid = [np.ones(8, bool), np.ones(12, bool), np.ones(9, bool)]
+    valid[1][[3, 4, 8]] = False
+    traces = recorded(model, tokens, attention_mask=mask)
+    noisy = [
+        with_ids(trace, with_noise(trace, 0.3, seed).experts_TLK, rows)
+        for seed, (trace, rows) in enumerate(zip(traces, valid, strict=True))
+    ]
+    stats, live = replayed_with_inputs(model, name, noisy, tokens, attention_mask=mask, missing="live")
+    family = FAMILIES[name]
+    given = np.zeros((36, len(family.layers), family.top_k), np.int64)
+    replayed = np.zeros(36, bool)
+    for start, trace in zip((4, 12, 24), noisy, strict=True):
+        given[start : start + len(trace)] = trace.experts_TLK
+        replayed[start : start + len(trace)] = trace.valid_T
+    rows = [int(row) for row in np.flatnonzero(replayed)]
+    for measure, value in slow_counts(live, given.tolist(), rows).items():
+        assert getattr(stats, measure) == pytest.approx(value, abs=1e-6), measure
+    assert (stats.replayed_tokens, stats.live_tokens, stats.padding_tokens) == (26, 3, 7)
+    sequence = [0] * 12 + [1] * 12 + [2] * 12
+    pairs = [n for n in rows if n - 1 in rows and sequence[n] == sequence[n - 1]]
+    gains = slow_gains(live, given.tolist(), pairs)
+    assert stats.neighbour_rows == len(pairs)
+    assert stats.best_shift == max(gains, key=lambda shift: gains[shift])
+    assert stats.shift_gain == pytest.approx(max(gains.values()), abs=1e-6)
+
+
+def test_sequences_in_a_packed_batch_are_no_neighbours() -> None:
+    model, lengths = build("mixtral"), (7, 1, 12)
+    tokens = random_tokens(1, 20)
+    boundaries = np.cumsum((0, *lengths))
+    traces = [
+        trace_of(model, random_routes(length, "mixtral", seed=length), tokens[0, start : start + length])
+        for start, length in zip(boundaries, lengths, strict=False)
+    ]
+    stats, live = replayed_with_inputs(model, "mixtral", traces, tokens, cu_seqlens=boundaries)
+    given = np.concatenate([trace.experts_TLK for trace in traces]).tolist()
+    gains = slow_gains(live, given, [*range(1, 7), *range(9, 20)])
+    assert stats.neighbour_rows == 6 + 0 + 11
+    assert stats.shift_gain == pytest.approx(max(gains.values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_statistics_compare_with_the_live_choice_not_with_what_was_used(name: str) -> None:
+    model, tokens = build(name), random_tokens(1, 16)
+    routes = random_routes(16, name)
+    with torch.no_grad(), router_spy(model, name) as out:
+        model(tokens)
+    first_live = out.calls[0][-1][2].tolist()
+    with (
+        torch.no_grad(),
+        replay(model, traces_of(model, routes, tokens), input_ids=tokens, on_shift="ignore") as session,
+    ):
+        model(tokens)
+    shared = sum(len(set(a) & set(b)) for a, b in zip(first_live, routes[:, 0].tolist(), strict=True))
+    assert session.stats().overlap_per_layer[0] == pytest.approx(shared / routes[:, 0].size, abs=1e-6)
+    assert session.stats().overlap < 0.6
+
+
+def judged(
+    model: Any, traces: list[RoutingTrace], tokens: torch.Tensor, on_shift: Any = "error", **where: Any
+) -> ReplayStats:
+    masks = {key: value for key, value in where.items() if key == "attention_mask"}
+    with torch.no_grad(), replay(model, traces, input_ids=tokens, on_shift=on_shift, **where) as session:
+        model(tokens, **masks)
+    return session.stats()
+
+
+SHIFTS = pytest.mark.parametrize(("by", "direction"), [(1, "later"), (-1, "earlier")])
+
+
+@SHIFTS
+@pytest.mark.parametrize("name", NAMES)
+def test_routes_shifted_by_one_raise_the_alarm(name: str, by: int, direction: str) -> None:
+    model, tokens = build(name), random_tokens(1, 64)
+    traces = [shifted(trace, by) for trace in recorded(model, tokens)]
+    with pytest.raises(ShiftedRoutesError, match=f"the row {direction} than each token's own fits better"):
+        judged(model, traces, tokens)
+
+
+@SHIFTS
+def test_routes_shifted_by_one_raise_the_alarm_in_padded_batches_and_under_noise(by: int, direction: str) -> None:
+    model, tokens = build("qwen3_moe"), random_tokens(4, 20)
+    mask = torch.ones(4, 20, dtype=torch.int64)
+    mask[1, 15:] = mask[2, :7] = 0
+    traces = [with_noise(shifted(trace, by), 0.1) for trace in recorded(model, tokens, attention_mask=mask)]
+    with pytest.raises(ShiftedRoutesError, match=direction):
+        judged(model, traces, tokens, attention_mask=mask)
+
+
+@SHIFTS
+def test_an_alarm_can_be_a_warning_or_ignored(caplog: pytest.LogCaptureFixture, by: int, direction: str) -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 64)
+    traces = [shifted(trace, by) for trace in recorded(model, tokens)]
+    with caplog.at_level(logging.WARNING, logger="moetrace"):
+        stats = judged(model, traces, tokens, on_shift="ignore")
+        assert caplog.records == []
+        judged(model, traces, tokens, on_shift="warn")
+    assert stats.shifted
+    assert stats.best_shift == direction
+    (record_logged,) = caplog.records
+    assert record_logged.levelno == logging.WARNING
+    assert f"the row {direction} than each token's own fits better" in record_logged.getMessage()
+
+
+def test_an_unknown_reaction_is_refused_before_the_model_is_touched() -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 4)
+    with pytest.raises(ReplayError, match="on_shift"):
+        judged(model, recorded(model, tokens), tokens, on_shift="raise")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", NAMES)
+def test_right_routes_never_raise_the_alarm(name: str, seed: int) -> None:
+    model, tokens = build(name, seed=seed), random_tokens(2, 48, seed=seed)
+    traces = recorded(model, tokens)
+    for given in (traces, [with_noise(trace, 0.1, seed) for trace in traces]):
+        stats = judged(model, given, tokens)
+        assert not stats.shifted
+        assert stats.shift_gain < 0
+        assert stats.neighbour_rows == 94
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_rollout_in_other_precision_never_raises_the_alarm(name: str) -> None:
+    tokens = random_tokens(2, 48)
+    traces = recorded(build(name, dtype=torch.bfloat16), tokens)
+    stats = judged(build(name), traces, tokens)
+    assert 0.8 < stats.overlap <= 1
+    assert not stats.shifted
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_sequence_of_one_token_repeated_never_raises_the_alarm(name: str, noise: float) -> None:
+    model, tokens = build(name), torch.full((1, 64), 7)
+    judged(model, [with_noise(trace, noise) for trace in recorded(model, tokens)], tokens)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_routes_that_fit_nowhere_are_low_overlap_not_a_shift(name: str) -> None:
+    model, tokens = build(name), random_tokens(1, 128)
+    stats = judged(model, traces_of(model, random_routes(128, name), tokens), tokens)
+    assert stats.overlap < 0.5
+    assert not stats.shifted
+
+
+@SHIFTS
+def test_sequences_too_short_to_judge_never_raise_the_alarm(by: int, direction: str) -> None:
+    model = build("mixtral")
+    for length, is_judged in ((1, False), (2, False), (32, False), (33, True)):
+        tokens = random_tokens(1, length)
+        traces = [shifted(trace, by) for trace in recorded(model, tokens)]
+        assert judged(model, traces, tokens, on_shift="ignore").shifted is is_judged
+        if not is_judged:
+            judged(model, traces, tokens)
+
+
+def test_many_short_sequences_are_judged_together() -> None:
+    model, tokens = build("mixtral"), random_tokens(16, 6)
+    traces = [shifted(trace, 1) for trace in recorded(model, tokens)]
+    with pytest.raises(ShiftedRoutesError):
+        judged(model, traces, tokens)
+
+
+@SHIFTS
+def test_an_exception_in_the_body_is_not_hidden_by_the_alarm(by: int, direction: str) -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 64)
+    traces = [shifted(trace, by) for trace in recorded(model, tokens)]
+    sessions = []
+
+    def fail() -> None:
+        with replay(model, traces, input_ids=tokens) as session:
+            sessions.append(session)
+            model(tokens)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert sessions[0].stats().shifted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_swapped_pair_of_layers_shows_as_low_overlap_there(name: str) -> None:
+    model, tokens = build(name, num_hidden_layers=5), random_tokens(2, 40)
+    traces = recorded(model, tokens)
+    right = judged(model, traces, tokens)
+    assert right.overlap_per_layer == (1.0,) * traces[0].layout.num_layers
+    swapped = []
+    for trace in traces:
+        ids_TLK = trace.experts_TLK.copy()
+        ids_TLK[:, [1, 2]] = ids_TLK[:, [2, 1]]
+        swapped.append(with_ids(trace, ids_TLK))
+    stats = judged(model, swapped, tokens)
+    assert stats.overlap_per_layer[0] == 1.0
+    assert max(stats.overlap_per_layer[1:3]) < 0.6
+    assert stats.overlap < 0.9
+    assert stats.token_mismatch > 0.9
+
+
+def test_nothing_compared_is_not_a_perfect_mismatch() -> None:
+    """As in `RoutingComparison`: a share of nothing is not a number."""
+    model, tokens = build("mixtral"), random_tokens(1, 8)
+    trace = trace_of(model, random_routes(8, "mixtral"), tokens[0], valid_T=np.zeros(8, bool))
+    stats = judged(model, [trace], tokens, missing="live")
+    assert (stats.replayed_tokens, stats.live_tokens) == (0, 8)
+    assert np.isnan([stats.overlap, stats.router_mismatch, stats.token_mismatch]).all()
+    assert not stats.shifted
+
+
+def test_statistics_are_those_of_the_moment_they_were_asked() -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 8)
+    traces = recorded(model, tokens)
+    with torch.no_grad(), replay(model, traces, input_ids=tokens) as session:
+        model(tokens)
+        once = session.stats()
+        kept = astuple(once)
+        model(tokens)
+        twice = session.stats()
+    assert astuple(once) == kept
+    assert (once.forwards, twice.forwards) == (1, 2)
+    assert astuple(once)[1:] == astuple(twice)[1:]
