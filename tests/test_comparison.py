@@ -13,7 +13,8 @@ from traces import layouts, make_trace, random_ids, refused, routing_traces
 
 from moetrace.comparison import RoutingComparison, compare, extreme_token_ratio, kl_k3, shared_experts
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatchError
-from moetrace.trace import MoeLayout, RoutingTrace
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace
 
 LAYOUT = MoeLayout((3, 4), 8, 2)
 examples = settings(max_examples=60, deadline=None)

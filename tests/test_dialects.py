@@ -14,7 +14,8 @@ from traces import EDGE_EXPERTS, assert_contract, make_trace, refused, routing_t
 
 from moetrace.dialects import from_lightllm, to_lightllm
 from moetrace.errors import FormatError, InvalidTraceError, LayoutMismatchError, MoetraceError, TokenMismatchError
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 LAYOUT = MoeLayout((1, 3), 8, 2)
 TOKENS = [11, 12, 13, 14]

@@ -22,7 +22,8 @@ from traces import EDGE_EXPERTS, assert_contract, make_trace, refused, routing_t
 
 from moetrace.errors import FormatError
 from moetrace.format import KEY, VERSION, load, load_file, save, save_file
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 examples = settings(max_examples=80, deadline=None)
 TRACE = RoutingTrace.build(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from traces import assert_contract, dyed_ids, make_trace, refused, routing_traces, sha256_of
 
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, MoetraceError, TokenMismatchError
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan, first_difference, token_sha256
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan, first_difference, token_sha256
 
 LAYOUT = MoeLayout((3, 4), 8, 2)
 IDS = [[[0, 1], [7, 2]], [[5, 4], [3, 0]], [[6, 7], [1, 5]]]

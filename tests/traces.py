@@ -15,7 +15,8 @@ import pytest
 from hypothesis import strategies as st
 
 from moetrace.errors import MoetraceError
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 EDGE_EXPERTS = (127, 128, 255, 256, 257, 512)
 """Numbers of experts around the limits of int8 and uint8."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "MoeLayout": "moetrace.trace",
+    "MoeLayout": "moetrace.layout",
     "RoutingTrace": "moetrace.trace",
     "WeightSpan": "moetrace.trace",
     "token_sha256": "moetrace.trace",
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     from moetrace.format import load_file as load_file
     from moetrace.format import save as save
     from moetrace.format import save_file as save_file
+    from moetrace.layout import MoeLayout as MoeLayout
     from moetrace.recorder import record as record
     from moetrace.replayer import replay as replay
     from moetrace.routers import layout_of as layout_of
-    from moetrace.trace import MoeLayout as MoeLayout
     from moetrace.trace import RoutingTrace as RoutingTrace
     from moetrace.trace import WeightSpan as WeightSpan
     from moetrace.trace import token_sha256 as token_sha256

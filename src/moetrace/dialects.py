@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from moetrace.errors import FormatError, TokenMismatchError
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 MISSING_ID = -1
 """What an int32 payload holds in rows that were not captured (they are marked in `valid` too)."""

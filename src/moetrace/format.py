@@ -20,7 +20,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from moetrace.errors import FormatError, MoetraceError
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 VERSION = 1
 KEY = "moetrace"

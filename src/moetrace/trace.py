@@ -1,4 +1,4 @@
-"""The nouns: which layers route (`MoeLayout`) and what was chosen (`RoutingTrace`).
+"""The noun: `RoutingTrace`, what was chosen for the tokens of one sequence, and all that is needed to trust it.
 
 Axes: T rows (tokens that were inputs), L MoE layers, K experts per token. A row is `[L, K]`; row t is the routing that
 was in force while token `start + t` was the input, that is, while the distribution of the next token was computed.
@@ -15,26 +15,14 @@ from typing import Literal
 import numpy as np
 
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatchError
+from moetrace.layout import MoeLayout, as_int, require_text
 
 Order = Literal["rank", "set"]
-MAX_EXPERTS = 1 << 16
 
 
 def token_sha256(tokens: Sequence[int] | np.ndarray) -> str:
     """SHA-256 (hex) over token ids as little-endian uint32, so that every language computes the same value."""
     return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes()).hexdigest()
-
-
-def _as_int(value: object, what: str) -> int:
-    """A whole number as a Python int; numpy's are welcome, floats and bools are not."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return int(value)
-    raise InvalidTraceError(f"{what} is not a whole number", expected="an integer", got=repr(value))
-
-
-def _require_text(value: object, what: str) -> None:
-    if not isinstance(value, str):
-        raise InvalidTraceError(f"{what} is not text", expected="a string", got=repr(value))
 
 
 def _require_token_ids(tokens: np.ndarray) -> np.ndarray:
@@ -54,63 +42,6 @@ def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
 
 
 @dataclass(frozen=True)
-class MoeLayout:
-    """Which decoder layers of a model route, and how.
-
-    Attributes:
-        layers: absolute numbers of the decoder layers that have routed experts, ascending. Dense layers are absent.
-        num_experts: E, routed experts per layer (shared experts are not counted).
-        top_k: K, experts per token.
-    """
-
-    layers: tuple[int, ...]
-    num_experts: int
-    top_k: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layers, str):
-            raise InvalidTraceError("layers must be decoder-layer numbers", expected="integers", got=repr(self.layers))
-        object.__setattr__(self, "layers", tuple(_as_int(layer, "a layer number") for layer in self.layers))
-        object.__setattr__(self, "num_experts", _as_int(self.num_experts, "num_experts"))
-        object.__setattr__(self, "top_k", _as_int(self.top_k, "top_k"))
-        if not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers)):
-            raise InvalidTraceError(
-                "layers must be ascending decoder-layer numbers", expected="at least one, no repeats", got=self.layers
-            )
-        if not 1 <= self.top_k <= self.num_experts <= MAX_EXPERTS:
-            raise InvalidTraceError(
-                "top_k and num_experts do not fit together",
-                expected=f"1 <= top_k <= num_experts <= {MAX_EXPERTS}",
-                got=f"top_k={self.top_k}, num_experts={self.num_experts}",
-            )
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of MoE layers."""
-        return len(self.layers)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Smallest unsigned integer that holds E - 1: uint8 up to 256 experts, uint16 above."""
-        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row `[L, K]` as stored in a trace."""
-        return self.num_layers * self.top_k * self.dtype.itemsize
-
-    def require_same(self, other: MoeLayout, whose: str) -> None:
-        """Raise `LayoutMismatchError` unless `other` (named by `whose`) is this layout."""
-        if self != other:
-            raise LayoutMismatchError(
-                f"the trace's MoE layout is not that of {whose}",
-                expected=other,
-                got=self,
-                fix="Replay a trace on the model that recorded it; layers are absolute decoder-layer numbers.",
-            )
-
-
-@dataclass(frozen=True)
 class WeightSpan:
     """From row `start` on (until the next span), rows were computed by weights called `version`."""
 
@@ -118,8 +49,8 @@ class WeightSpan:
     version: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", _as_int(self.start, "the start of a weight span"))
-        _require_text(self.version, "a weight version")
+        object.__setattr__(self, "start", as_int(self.start, "the start of a weight span"))
+        require_text(self.version, "a weight version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,9 +148,9 @@ class RoutingTrace:
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "start"):
-            object.__setattr__(self, name, _as_int(getattr(self, name), name))
+            object.__setattr__(self, name, as_int(getattr(self, name), name))
         for name in ("token_sha256", "fingerprint", "engine"):
-            _require_text(getattr(self, name), name)
+            require_text(getattr(self, name), name)
         for name in ("experts_TLK", "valid_T", "tokens"):
             array = getattr(self, name)
             if array is not None and (array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous)):

@@ -45,8 +45,8 @@ def test_every_row_is_right_on_a_gpu(attention: str, kv_cache_tokens: int) -> No
 
 
 def test_the_commit_equals_its_cpu_twin() -> None:
+    from moetrace.layout import MoeLayout
     from moetrace.recorder import Staging, commit_rows
-    from moetrace.trace import MoeLayout
 
     for num_experts in (128, 300):
         layout = MoeLayout(tuple(range(48)), num_experts, 8)

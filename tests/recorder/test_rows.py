@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import EDGE_EXPERTS, dyed_ids
 
+from moetrace.layout import MoeLayout
 from moetrace.recorder.rows import PagedRows, SequenceRows
-from moetrace.trace import MoeLayout
 
 LAYOUT = MoeLayout((1, 3), 300, 2)
 

@@ -8,9 +8,9 @@ import torch
 from families import FAMILIES, ONE_OF_EACH, build, experts_spy, random_tokens
 
 from moetrace.errors import CaptureError
+from moetrace.layout import MoeLayout
 from moetrace.recorder import Staging, commit_rows
 from moetrace.routers import tap_model
-from moetrace.trace import MoeLayout
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from traces import dyed_ids, layouts, make_trace, refused, routing_traces
 
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
+from moetrace.layout import MoeLayout
 from moetrace.replayer.align import AlignedRoutes, TokenMode, align
-from moetrace.trace import MoeLayout, RoutingTrace
+from moetrace.trace import RoutingTrace
 
 PADDING, LIVE, REPLAY = 0, 1, 2
 LAYOUT = MoeLayout((1, 2, 5), 16, 2)

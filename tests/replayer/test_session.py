@@ -30,8 +30,9 @@ from families import (
 
 from moetrace import record, replay
 from moetrace.errors import LayoutMismatchError, MissingRowError, MoetraceError, ReplayError, TokenMismatchError
+from moetrace.layout import MoeLayout
 from moetrace.replayer import align
-from moetrace.trace import MoeLayout, RoutingTrace
+from moetrace.trace import RoutingTrace
 
 
 def received(model: Any, name: str, run: Callable[[], Any]) -> np.ndarray:

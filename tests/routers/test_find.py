@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moetrace import record
 from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
+from moetrace.layout import MoeLayout
 from moetrace.routers import config_layout, find_routers, fingerprint_of, layout_of
-from moetrace.trace import MoeLayout
 
 
 def layout_stated(name: str) -> MoeLayout:

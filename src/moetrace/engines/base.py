@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from moetrace.errors import CaptureOffError, RequestError
-from moetrace.trace import MoeLayout, RoutingTrace
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace
 
 FinishReason = Literal["stop", "length"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moetrace.trace import MoeLayout
+from moetrace.layout import MoeLayout
 
 
 class SequenceRows:

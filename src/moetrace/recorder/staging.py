@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from moetrace.errors import CaptureError
+from moetrace.layout import MoeLayout
 from moetrace.routers import Selection
-from moetrace.trace import MoeLayout, Order
+from moetrace.trace import Order
 
 _TORCH_DTYPES = {np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.uint16}
 

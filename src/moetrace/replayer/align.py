@@ -14,7 +14,8 @@ import numpy as np
 
 from moetrace.batch import Segment, segments_of, to_numpy
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError
-from moetrace.trace import MoeLayout, RoutingTrace
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace
 
 Missing = Literal["error", "live"]
 

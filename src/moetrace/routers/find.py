@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
-from moetrace.trace import MoeLayout
+from moetrace.layout import MoeLayout
 
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")

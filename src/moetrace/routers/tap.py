@@ -23,8 +23,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from moetrace.errors import ReplayError, UnsupportedRouterError
+from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of
-from moetrace.trace import MoeLayout
 
 _TOPK = {torch.topk, torch.Tensor.topk}
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}

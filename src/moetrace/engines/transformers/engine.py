@@ -20,8 +20,9 @@ from moetrace.engines.base import EngineConfig, FinishReason, GenerateResult, Sa
 from moetrace.engines.transformers import sampling as sampler
 from moetrace.engines.transformers.capture import CaptureCounts, StepCapture
 from moetrace.errors import EngineError, NotMoeError, RequestError
+from moetrace.layout import MoeLayout
 from moetrace.routers import config_layout
-from moetrace.trace import MoeLayout, RoutingTrace, WeightSpan
+from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
 
