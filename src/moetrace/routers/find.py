@@ -1,8 +1,9 @@
 """Which modules of a model are routers, and the `MoeLayout` that follows from them.
 
-In transformers >= 5.17 a router is a small module with integer attributes `top_k` and `num_experts` and a weight of
-`num_experts` rows, called once a layer, whose forward returns (logits, weights, indices). The layout is read from those
-modules; the config, whose names for the same numbers differ from family to family, is only a cross-check.
+In transformers >= 5.17 a router is a small module with integer attributes `top_k` and `num_experts` and a weight of at
+least `num_experts` rows, called once a layer, whose forward returns (logits, weights, indices); what deviates has a row
+in `families.py`. The layout is read from those modules; the config, whose names for the same numbers differ from family
+to family, is only a cross-check. Vision and audio towers are not looked at: a trace is of text tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import nn
 
 from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
+from moetrace.routers.families import COMMON, TRAITS, RouterTraits
 
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+_NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|image)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,6 @@ class RouterSite:
         module: the router.
         num_experts: E.
         top_k: K.
-        hidden_size: width of its input.
     """
 
     index: int
@@ -43,7 +45,6 @@ class RouterSite:
     module: nn.Module
     num_experts: int
     top_k: int
-    hidden_size: int
 
 
 def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
@@ -53,15 +54,24 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
         NotMoeError: the model has no experts at all.
         UnsupportedRouterError: it has experts, but a router is missing, shared by a layer, or unlike the others.
     """
-    found = [(name, module) for name, module in model.named_modules() if _is_router(module)]
-    experts = [name for name, module in model.named_modules() if _is_experts(module)]
+    modules = [(name, module) for name, module in model.named_modules() if not _NOT_TEXT.search(name)]
+    experts = [name for name, module in modules if _is_experts(module)]
+    found = [(name, module) for name, module in modules if _is_router(module)]
+    for name, module in found:
+        if traits_of(module).refusal:
+            raise UnsupportedRouterError(
+                f"router {name} ({type(module).__name__}) cannot be replayed: {traits_of(module).refusal}",
+                fix="docs/families.md lists what can.",
+            )
+    settled = {_block_of(name) for name, _ in found} | {name for name, _ in found}
+    found = [(name, module) for name, module in found if not traits_of(module).fixed]
     if not found and not experts and not _config_numbers(model)[0]:
         raise NotMoeError(
             f"{type(model).__name__} is a dense model: it has no routers",
             expected="a Mixture-of-Experts model",
             fix="Start without routed-expert capture, or pass a MoE model.",
         )
-    lacking = set(map(_block_of, experts)) - {_block_of(name) for name, _ in found}
+    lacking = set(map(_block_of, experts)) - settled
     if not found or lacking:
         raise UnsupportedRouterError(
             f"{type(model).__name__} has experts without a router that moetrace recognises",
@@ -78,7 +88,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
             expected="one router a decoder layer",
             got=[name for layer, name, _ in sites if layer == repeated[0]],
         )
-    sizes = {(module.num_experts, module.top_k) for _, _, module in sites}
+    sizes = {sizes_of(module) for _, _, module in sites}
     if len(sizes) > 1:
         raise UnsupportedRouterError(
             f"{type(model).__name__}'s layers differ in experts or top-k",
@@ -87,8 +97,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
         )
     ((num_experts, top_k),) = sizes
     return tuple(
-        RouterSite(index, layer, name, module, num_experts, top_k, hidden_size=module.weight.shape[-1])
-        for index, (layer, name, module) in enumerate(sites)
+        RouterSite(index, layer, name, module, num_experts, top_k) for index, (layer, name, module) in enumerate(sites)
     )
 
 
@@ -104,7 +113,8 @@ def layout_of(model: nn.Module) -> MoeLayout:
     sites = find_routers(model)
     layout = MoeLayout(tuple(site.layer for site in sites), sites[0].num_experts, sites[0].top_k)
     stated = _config_numbers(model)
-    for what, values, number in (("experts", stated[0], layout.num_experts), ("top-k", stated[1], layout.top_k)):
+    experts = stated[0] if traits_of(sites[0].module).num_experts == COMMON.num_experts else []  # else: it adds some
+    for what, values, number in (("experts", experts, layout.num_experts), ("top-k", stated[1], layout.top_k)):
         if values and number not in values:
             raise LayoutMismatchError(
                 f"the config states other {what} than the routers have", expected=number, got=values
@@ -133,22 +143,41 @@ def fingerprint_of(model: nn.Module) -> str:
     sites = find_routers(model)
     config = _text_config(model)
     facts = {
-        "routers": [[site.layer, type(site.module).__name__, site.num_experts, site.top_k] for site in sites],
-        "hidden_size": sites[0].hidden_size,
+        "routers": [[site.layer, site.num_experts, site.top_k] for site in sites],
+        "model_type": getattr(config, "model_type", None),
+        "hidden_size": getattr(config, "hidden_size", None),
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
         "vocab_size": getattr(config, "vocab_size", None),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def traits_of(module: nn.Module) -> RouterTraits:
+    """How a router differs from the common shape."""
+    traits = TRAITS.get(type(module).__name__, COMMON)
+    return traits if callable(getattr(module, traits.method, None)) else COMMON
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """(E, K) of a router; (0, 0) if it does not state them."""
+    traits = traits_of(module)
+    num_experts, top_k = _attribute(module, traits.num_experts), _attribute(module, traits.top_k)
+    return (num_experts, top_k) if _is_count(num_experts) and _is_count(top_k) else (0, 0)
+
+
+def _attribute(thing: Any, path: str) -> Any:
+    for name in path.split("."):
+        thing = getattr(thing, name, None)
+    return thing
+
+
 def _is_router(module: nn.Module) -> bool:
-    weight: Any = getattr(module, "weight", None)
-    return (
-        _is_count(getattr(module, "top_k", None))
-        and _is_count(getattr(module, "num_experts", None))
-        and getattr(weight, "ndim", 0) == 2
-        and weight.shape[0] == module.num_experts
-    )
+    if traits_of(module) is not COMMON:
+        return True
+    num_experts, _ = sizes_of(module)
+    if not num_experts or any(_is_experts(below) for below in module.modules()):
+        return False
+    return any(weight.ndim == 2 and weight.shape[0] >= num_experts for weight in module.parameters())
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from moetrace.errors import ReplayError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
-from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of
+from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of
 
 _TOPK = {torch.topk, torch.Tensor.topk}
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
@@ -115,7 +115,8 @@ class ModelTap:
                     fix="Pass the model itself each time, not its decoder or a wrapper of it.",
                 )
         for site in self.sites:
-            self._replace(site.module, "forward", self._tapped(site, site.module.forward))
+            method = traits_of(site.module).method
+            self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
         model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
         for module in model.modules() if model is not None else ():
             if callable(getattr(module, _CHECKPOINT_ATTRIBUTE, None)):
@@ -203,6 +204,7 @@ class _TopkMode(TorchFunctionMode):
         self.site, self.sessions, self.recompute = site, sessions, recompute
         self.supplies_routes = any(session.supplies_routes for session in sessions)
         self.selections: list[Selection] = []
+        self.used: torch.Tensor | None = None
         self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -223,32 +225,39 @@ class _TopkMode(TorchFunctionMode):
         sorted: bool = True,
         out: object = None,
     ) -> bool:
-        """Parameters are those of torch.topk. Group-limited routers also call it over groups: other sizes."""
-        return input.ndim == 2 and input.shape[1] == self.site.num_experts and k == self.site.top_k and largest
+        """Parameters are those of torch.topk. Group-limited routers also call it over groups: other sizes.
+
+        Some routers select on `[B, S, E]`; sessions see every selection as `[N, E]` and `[N, K]`.
+        """
+        return input.ndim > 1 and input.shape[-1] == self.site.num_experts and k == self.site.top_k and largest
 
     def _select(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         live = func(*args, **kwargs)
-        scores_NE = args[0] if args else kwargs["input"]
+        scores = args[0] if args else kwargs["input"]
         is_sorted = kwargs.get("sorted", args[4] if len(args) > 4 else True)
-        selection = Selection(self.site, scores_NE, live.indices, live.indices, is_sorted, self.recompute)
+        live_NK = live.indices.reshape(-1, self.site.top_k)
+        scores_NE = scores.reshape(-1, self.site.num_experts)
+        selection = Selection(self.site, scores_NE, live_NK, live_NK, is_sorted, self.recompute)
         for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
             session.on_selection(selection)  # replay first, so that a recording keeps what was really used
         self.selections.append(selection)
-        if selection.indices_NK is live.indices:
+        if selection.indices_NK is live_NK:
+            self.used = live.indices
             return live
-        values_NK = self._unmasked(scores_NE).gather(-1, selection.indices_NK)
-        return torch.return_types.topk((values_NK, selection.indices_NK))
+        self.used = selection.indices_NK.view_as(live.indices)
+        values = self._unmasked(scores).gather(-1, self.used)
+        return torch.return_types.topk((values, self.used))
 
-    def _unmasked(self, scores_NE: torch.Tensor) -> torch.Tensor:
+    def _unmasked(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores before groups were masked out of them.
 
         DeepSeek-V2 zeroes the scores outside the live groups and uses what top-k returns as weights: a replayed expert
         outside them would get weight zero and no gradient.
         """
         for result, source in reversed(self.masked):
-            if result is scores_NE:
+            if result is scores:
                 return source
-        return scores_NE
+        return scores
 
     def verify(self, output: Any) -> None:
         """Raise `UnsupportedRouterError` unless the router selected once and returned that very selection."""
@@ -259,8 +268,9 @@ class _TopkMode(TorchFunctionMode):
                 expected=f"one topk of [N, {self.site.num_experts}] with k={self.site.top_k}",
                 got=f"{len(self.selections)} of them",
             )
-        indices_NK = self.selections[0].indices_NK
-        if not (isinstance(output, tuple) and any(item is indices_NK for item in output)):
+        if not traits_of(self.site.module).returns_ids:
+            return
+        if not (isinstance(output, tuple) and any(item is self.used for item in output)):
             raise UnsupportedRouterError(
                 f"router {name} ({kind}) changes the expert ids after its top-k",
                 expected="the indices of the top-k among its outputs",

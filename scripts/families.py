@@ -1,0 +1,122 @@
+"""Write docs/families.md: what the tap does with every MoE architecture of transformers, measured.
+
+    python scripts/families.py                     # `make families`
+    python scripts/families.py --check             # exit 1 if the page is stale
+    python scripts/families.py --json FILE         # only this release's findings, for the page's column "lowest"
+
+The column of the lowest supported release comes from docs/families-lowest.json, which was written under that release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from moetrace.conformance import zoo
+from moetrace.conformance.census import Finding, examine
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, LOWEST = DOCS / "families.md", DOCS / "families-lowest.json"
+HEAD = """\
+<!-- Written by `make families`; do not edit. -->
+# Families
+
+Every autoregressive Mixture-of-Experts architecture of transformers {newest}, found in its code and run as a tiny
+random model: **{works} of {total} record and replay**, {refused} are refused by name.
+
+What "works" means, each measured by hooks on the router and on the experts module, not by trusting the tap:
+
+- the recorded ids are those the experts received;
+- replaying a model's own record leaves logits and all gradients bit-identical;
+- altered routes reach the experts, no replayed expert has weight zero, and every router gets a gradient;
+- the weights at the replayed ids follow the same formula, in float64 from the router's live logits, as at the live ids.
+
+Columns: *scoring* is that formula ("own": none of the common ones; "–": logits or weights cannot be seen from outside;
+softmax over the K chosen logits is the same as softmax, renormalised); *ids* whether the experts' own ids could be
+compared; *order* of the K ids. In LongCat-Flash and Zaya the router also selects experts that compute nothing; they
+have ids like the others. Routers of vision and audio towers are not touched, and of DeepSeek-V4 only the layers that
+choose: its hash layers are a table. Router logits that a model returns, and auxiliary losses from them, stay live under
+replay.
+
+Status on {lowest}: "–" where the architecture does not exist there.
+
+"""
+COLUMNS = ("family", "class", "scoring", "tapped", "order", "groups", "corrected", "shared")
+COLUMNS += ("ids", "record", "replay", "gradient")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # sums in a fixed order: bit-identical means bit-identical
+    findings = {architecture: examine(architecture) for architecture in zoo.architectures()}
+    if args.json:
+        statuses = {finding.name: _status(finding) for finding in findings.values()}
+        content = {"transformers": transformers.__version__, "statuses": statuses}
+        args.json.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        return 0
+    page = render(findings, json.loads(LOWEST.read_text()))
+    if args.check:
+        if PAGE.read_text() == page:
+            return 0
+        print(f"{PAGE} is stale under transformers {transformers.__version__}: run `make families`", file=sys.stderr)
+        return 1
+    PAGE.write_text(page)
+    return 0
+
+
+def render(findings: dict[zoo.Architecture, Finding], lowest: dict) -> str:
+    """The page of one release's findings, beside the statuses of the lowest release."""
+    works = sum(finding.works for finding in findings.values())
+    refused = [finding for finding in findings.values() if finding.refusal]
+    page = HEAD.format(
+        newest=transformers.__version__,
+        lowest=lowest["transformers"],
+        works=works,
+        total=len(findings),
+        refused=len(refused),
+    )
+    columns = [*COLUMNS, lowest["transformers"], transformers.__version__]
+    page += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+    for architecture, finding in findings.items():
+        page += _row(architecture, finding, lowest["statuses"].get(finding.name, "–"))
+    page += "\n## Refused\n\n"
+    page += "".join(f"- **{finding.name}**: {finding.refusal.partition(' docs/')[0]}\n" for finding in refused)
+    page += "\n## Not in the census\n\nClasses that mention experts and are no autoregressive decoder themselves:\n\n"
+    reasons: dict[str, list[str]] = {}
+    for item in zoo.excluded():
+        reasons.setdefault(item.reason, []).append(item.class_name)
+    return page + "".join(f"- {reason}: {', '.join(sorted(names))}\n" for reason, names in sorted(reasons.items()))
+
+
+def _row(architecture: zoo.Architecture, finding: Finding, lowest: str) -> str:
+    cells = [finding.name, architecture.model_class.__name__]
+    if finding.refusal:
+        cells += ["–"] * 10
+    else:
+        facts = (finding.grouped, finding.bias, finding.shared)
+        cells += [finding.scoring or "–", ", ".join(finding.routers), finding.order]
+        cells += ["yes" if fact else "" for fact in facts]
+        cells += ["equal" if finding.received else "–", *("yes" if fact else "NO" for fact in _measured(finding))]
+    return f"| {' | '.join([*cells, lowest, _status(finding)])} |\n"
+
+
+def _measured(finding: Finding) -> tuple[bool, bool, bool]:
+    """Record, replay, gradient."""
+    return finding.received is not False, finding.replayed and finding.altered is not False, finding.gradient
+
+
+def _status(finding: Finding) -> str:
+    return "works" if finding.works else "refused" if finding.refusal else "BROKEN"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
