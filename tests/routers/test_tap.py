@@ -302,8 +302,13 @@ def compiled_in_place(model: Any) -> Any:
     return model
 
 
+def with_a_compiled_layer(model: Any) -> Any:
+    model.model.layers[1].compile()
+    return model
+
+
 @pytest.mark.parametrize("tapped_before", [False, True])
-@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place])
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_in_place, with_a_compiled_layer])
 def test_a_compiled_model_is_refused_by_name(compiled: Any, tapped_before: bool) -> None:
     model, tokens = build("mixtral"), random_tokens(1, 4)
     traces = traces_of(model, random_routes(4, "mixtral"), tokens)

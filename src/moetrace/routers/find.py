@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
             expected="a Mixture-of-Experts model",
             fix="Start without routed-expert capture, or pass a MoE model.",
         )
-    lacking = set(map(_block_of, experts)) - settled
+    lacking = {_block_of(name) for name in experts if not any(block in settled for block in _ancestors(name))}
     if not found or lacking:
         raise UnsupportedRouterError(
             f"{type(model).__name__} has experts without a router that moetrace recognises",
@@ -192,6 +193,13 @@ def _is_count(value: object) -> bool:
 def _block_of(name: str) -> str:
     """The MoE block a router or experts module belongs to: its parent module."""
     return name.rpartition(".")[0]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """A module's parents, nearest first; an adapter (LoRA on experts) puts some between experts and their block."""
+    while name:
+        name = _block_of(name)
+        yield name
 
 
 def _layer_number(name: str) -> int:

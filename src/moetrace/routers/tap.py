@@ -141,6 +141,11 @@ class ModelTap:
         self._undo.append(undo)
 
     def _tapped(self, site: RouterSite, forward: Callable) -> Callable:
+        traits = traits_of(site.module)
+        # Whoever wrapped the router before us (expert parallelism maps ids to shards) may return other ids: those it
+        # selected inside are the logical ones.
+        returns_ids = traits.returns_ids and traits.method not in vars(site.module)
+
         def tapped_forward(*args: Any, **kwargs: Any) -> Any:
             state = self._thread
             if not state.sessions or (_in_backward() and not state.following):
@@ -149,7 +154,7 @@ class ModelTap:
                 _refuse_unknown_checkpointing(site)
             with _TopkMode(site, state.sessions, state.recompute) as mode:
                 output = forward(*args, **kwargs)
-            mode.verify(output)
+            mode.verify(output, returns_ids)
             return output
 
         setattr(tapped_forward, _MARK, True)
@@ -259,8 +264,8 @@ class _TopkMode(TorchFunctionMode):
                 return source
         return scores
 
-    def verify(self, output: Any) -> None:
-        """Raise `UnsupportedRouterError` unless the router selected once and returned that very selection."""
+    def verify(self, output: Any, returns_ids: bool) -> None:
+        """Raise `UnsupportedRouterError` unless the router selected once and, if it should, returned that selection."""
         name, kind = self.site.name, type(self.site.module).__name__
         if len(self.selections) != 1:
             raise UnsupportedRouterError(
@@ -268,9 +273,7 @@ class _TopkMode(TorchFunctionMode):
                 expected=f"one topk of [N, {self.site.num_experts}] with k={self.site.top_k}",
                 got=f"{len(self.selections)} of them",
             )
-        if not traits_of(self.site.module).returns_ids:
-            return
-        if not (isinstance(output, tuple) and any(item is self.used for item in output)):
+        if returns_ids and not (isinstance(output, tuple) and any(item is self.used for item in output)):
             raise UnsupportedRouterError(
                 f"router {name} ({kind}) changes the expert ids after its top-k",
                 expected="the indices of the top-k among its outputs",
@@ -297,6 +300,10 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 _taps: weakref.WeakKeyDictionary[nn.Module, ModelTap] = weakref.WeakKeyDictionary()
 _taps_lock = threading.Lock()
 
@@ -307,10 +314,10 @@ def tap_model(model: nn.Module) -> ModelTap:
     Raises:
         NotMoeError, UnsupportedRouterError, LayoutMismatchError: see `layout_of`.
     """
-    if type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+    if any(_is_compiled(module) for module in model.modules()):
         raise UnsupportedRouterError(
             "a torch.compile'd model cannot be tapped",
-            expected="the eager model",
+            expected="the eager model, with no compiled module in it",
             fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
         )
     with _taps_lock:
