@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import transformers
 
 from moetrace.conformance import zoo
 from moetrace.conformance.census import examine
-from moetrace.errors import RouterError
+from moetrace.errors import RouterError, UnsupportedRouterError
+from moetrace.recorder import record
 from moetrace.replayer import replay
 from moetrace.routers import tap
 from moetrace.trace import RoutingTrace
@@ -136,6 +138,13 @@ def test_a_tap_that_gathers_other_scores_is_convicted(monkeypatch) -> None:
     monkeypatch.setattr(tap._TopkMode, "_unmasked", lambda self, scores: scores.roll(1, -1))
     for name in ("mixtral", "qwen3_moe", "gpt_oss"):
         assert not examine(zoo.architecture(name)).works
+
+
+def test_a_router_tapped_at_another_method_is_not_tapped_twice() -> None:
+    model: Any = zoo.tiny(zoo.architecture("dbrx"))
+    with record(model), pytest.raises(UnsupportedRouterError, match="already tapped"), record(model.transformer):
+        pass
+    assert all("route_tokens_to_experts" not in vars(module) for module in model.modules())
 
 
 def test_a_name_that_does_not_exist_is_refused_with_those_that_do() -> None:

@@ -289,6 +289,7 @@ def test_closing_leaves_the_model_as_it_was(dye: Dye) -> None:
     engine = TransformersEngine(model, EngineConfig(**CAPTURE))
     processor = engine._manager.batch_processor
     assert "_generation_step" in vars(processor)
+    assert all("forward" in vars(site.module) for site in find_routers(model))  # tapped once, not step by step
     generate(engine, [[1, 2, 3]])
     engine.close()
     engine.close()

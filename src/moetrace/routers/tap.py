@@ -107,15 +107,15 @@ class ModelTap:
             yield
 
     def _install(self) -> None:
-        for site in self.sites:
-            if hasattr(vars(site.module).get("forward"), _MARK):
+        methods = [(site, traits_of(site.module).method) for site in self.sites]
+        for site, method in methods:
+            if hasattr(vars(site.module).get(method), _MARK):
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
                     fix="Pass the model itself each time, not its decoder or a wrapper of it.",
                 )
-        for site in self.sites:
-            method = traits_of(site.module).method
+        for site, method in methods:
             self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
         model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
         for module in model.modules() if model is not None else ():
@@ -207,7 +207,6 @@ class _TopkMode(TorchFunctionMode):
     def __init__(self, site: RouterSite, sessions: tuple[RoutingSession, ...], recompute: bool) -> None:
         super().__init__()
         self.site, self.sessions, self.recompute = site, sessions, recompute
-        self.supplies_routes = any(session.supplies_routes for session in sessions)
         self.selections: list[Selection] = []
         self.used: torch.Tensor | None = None
         self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class StepCapture:
 
     def __init__(self, model: nn.Module, batch_processor: Any) -> None:
         self._tap = tap_model(model)
+        self._installed = ExitStack()
         self._io = _require(batch_processor, "inputs_and_outputs")
         self._cache = _require(batch_processor, "cache")
         device = torch.device(_require(self._cache, "device"))
@@ -143,6 +144,7 @@ class StepCapture:
             self._harvest(self._steps.popleft(), result[0])
             return result
 
+        self._installed.enter_context(self._tap.installed())  # once: a step must not walk the model's modules
         io.prepare_batch_tensors, io.retrieve_device_outputs, io.prepare_batch_update = prepare, retrieve, update
         processor._generation_step = generation_step
 
@@ -155,6 +157,7 @@ class StepCapture:
             (self._processor, "_generation_step"),
         ):
             vars(owner).pop(name, None)
+        self._installed.close()
 
     def collect(self, request_id: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Take away a finished request's rows: `experts_TLK` and `valid_T`, both `num_rows` long."""
