@@ -12,7 +12,7 @@ from moetrace import __version__
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 
-_TYPES = {"int | None": int, "str": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "str": str}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

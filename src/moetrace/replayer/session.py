@@ -16,14 +16,14 @@ from torch import nn
 from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
 from moetrace.replayer.align import AlignedRoutes, Missing, TokenMode, align
 from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
-from moetrace.routers import ModelTap, Selection, tap_model
+from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
 OnShift = Literal["error", "warn", "ignore"]
 
 
-class ReplaySession:
+class ReplaySession(RoutingSession):
     """One batch's routes, supplied to every forward and recomputation that belongs to it.
 
     A session is bound to its forwards, not to a place in a queue: with several microbatches in flight, each backward

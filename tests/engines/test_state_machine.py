@@ -1,0 +1,177 @@
+"""Anything a rollout does, in any order: every row that comes back is right.
+
+A short run belongs to the suite. The long one, of 100,000 requests and more:
+MOETRACE_MACHINE_EXAMPLES=150 python -m pytest tests/engines/test_state_machine.py -s
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from dye import Dye
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from moetrace.engines.base import EngineConfig, GenerateResult, Generation, SamplingParams
+from moetrace.engines.transformers import TransformersEngine
+from moetrace.trace import WeightSpan
+
+EXAMPLES = int(os.environ.get("MOETRACE_MACHINE_EXAMPLES", "6"))
+MOST = 16 if EXAMPLES < 50 else 160
+"""Most requests submitted at once."""
+DYE = Dye(vocab=64, num_experts=32, top_k=4, num_layers=3, window=256)
+SHIFT = 31
+PREFIXES = np.random.default_rng(0).integers(0, DYE.vocab, (4, 100)).tolist()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOTALS = {"requests": 0, "sequences": 0, "rows": 0, "missing": 0, "aborted": 0, "updates": 0, "preemptions": 0}
+
+
+class Letters:
+    """Token v is letter v."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("0") + token) for token in tokens)
+
+
+def routes(tokens: list[int], version: int) -> np.ndarray:
+    """`[T, L, K]`: odd versions of the weights route a token as even ones route another."""
+    return DYE.routes([(token + SHIFT * (version % 2)) % DYE.vocab for token in tokens])
+
+
+def weights(version: int) -> dict[str, torch.Tensor]:
+    dye = Dye(DYE.vocab, DYE.num_experts, DYE.top_k, len(DYE.layers) + 1, 256)
+    dye.route = lambda token, layer: DYE.route((token + SHIFT * (version % 2)) % DYE.vocab, layer)  # type: ignore[method-assign]
+    return dye.model().state_dict()
+
+
+WEIGHTS = [weights(0), weights(1)]
+
+
+class Rollouts(RuleBasedStateMachine):
+    """Submits, forks, aborts, pauses, updates weights; the cache is small enough to preempt and to evict."""
+
+    @initialize(
+        cache=st.sampled_from([320, 512, 4096]),
+        chunk=st.sampled_from([12, 40, 256]),
+        page=st.sampled_from([8, 16]),
+        sharing=st.booleans(),
+    )
+    def start(self, cache: int, chunk: int, page: int, sharing: bool) -> None:
+        config = EngineConfig(
+            enable_return_routed_experts=True,
+            kv_cache_tokens=cache,
+            max_batch_tokens=chunk,
+            max_running_requests=min(chunk, 4 * MOST),
+            page_size=page,
+            prefix_sharing=sharing,
+            weight_version="0",
+            seed=0,
+        )
+        self.engine = TransformersEngine(DYE.model().to(DEVICE), config, Letters())  # type: ignore[arg-type]
+        self.version = 0
+        self.running: list[Generation] = []
+        offloading = self.engine._manager.batch_processor.offloading_manager
+        own = offloading.offload_requests
+
+        def count() -> Any:
+            TOTALS["preemptions"] += 1
+            return own()
+
+        offloading.offload_requests = count
+
+    @rule(
+        count=st.integers(1, MOST),
+        prefix=st.sampled_from(PREFIXES),
+        shared=st.integers(0, 90),
+        own=st.integers(0, 30),
+        new=st.integers(1, 40),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        stop=st.sampled_from([(), (7,), (20, 50)]),
+        text=st.sampled_from([(), (), ("=>?",)]),
+        seed=st.integers(0, 1 << 16),
+    )
+    def submit(self, count: int, prefix: list[int], shared: int, own: int, new: int, n: int, stop, text, seed) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(count):
+            prompt = prefix[:shared] + rng.integers(0, DYE.vocab, own + (shared == 0)).tolist()
+            sampling = SamplingParams(new, n=n, stop_token_ids=stop, stop=text, do_sample=bool(seed % 2))
+            self.running.append(self.engine.submit(prompt, sampling, return_routes=True))
+            TOTALS["requests"] += 1
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def abort_some(self, data: st.DataObject, share: float) -> None:
+        first = data.draw(st.integers(0, len(self.running) - 1))
+        for generation in self.running[first : first + int(share * 10) + 1]:
+            self.engine.abort(generation.request_id)
+
+    @rule()
+    def abort_all(self) -> None:
+        self.engine.abort()
+
+    @rule()
+    def pause(self) -> None:
+        self.engine.pause()
+
+    @rule()
+    def resume(self) -> None:
+        self.engine.resume()
+
+    @rule()
+    def update_weights(self) -> None:
+        self.version += 1
+        self.engine.update_weights(WEIGHTS[self.version % 2], str(self.version))
+        TOTALS["updates"] += 1
+
+    @precondition(lambda self: self.running)
+    @rule(count=st.integers(1, 3 * MOST))
+    def wait_for_some(self, count: int) -> None:
+        self.engine.resume()
+        done, self.running = self.running[:count], self.running[count:]
+        for generation in done:
+            for result in generation.results(120):
+                check(result)
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.resume()
+            for generation in self.running:
+                for result in generation.results(120):
+                    check(result)
+            assert not self.engine._capture._histories  # type: ignore[union-attr]
+            assert not self.engine._pending
+            self.engine.close()
+
+
+def check(result: GenerateResult) -> None:
+    """All rows of a finished sequence are there, of an aborted one those that were computed; every one is right."""
+    trace, tokens = result.trace, result.prompt_tokens + result.output_tokens
+    assert trace is not None
+    assert trace.num_rows == len(tokens) - 1
+    assert result.output_tokens == DYE.continuation(result.prompt_tokens[-1], len(result.output_tokens))
+    assert trace.valid_T.all() or (result.finish_reason == "abort" and not result.output_tokens)
+    for span, following in pairwise([*trace.weight_spans, WeightSpan(trace.num_rows, "")]):
+        rows = slice(span.start, following.start)
+        valid_T = trace.valid_T[rows]
+        expected_TLK = routes(tokens[rows], int(span.version))
+        np.testing.assert_array_equal(trace.experts_TLK[rows][valid_T], expected_TLK[valid_T])
+    TOTALS["sequences"] += 1
+    TOTALS["rows"] += int(trace.valid_T.sum())
+    TOTALS["missing"] += int((~trace.valid_T).sum())
+    TOTALS["aborted"] += result.finish_reason == "abort"
+
+
+Rollouts.TestCase.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+class TestRollouts(Rollouts.TestCase):
+    @classmethod
+    def tearDownClass(cls) -> None:
+        print(f"\n{TOTALS}")
