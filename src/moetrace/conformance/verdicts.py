@@ -55,8 +55,9 @@ def gradient(rule: Rule | None, config: Any, calls: Sequence[RouterCall], ids_LN
 
 
 def _all(answers: Iterable[bool | None]) -> bool | None:
-    known = list(answers)
-    return None if None in known else all(known)
+    """False as soon as one is, None where one cannot be told."""
+    known = set(answers)
+    return False if False in known else None if None in known else True
 
 
 def _follows(rule: Rule | None, config: Any, call: RouterCall, ids_NK: torch.Tensor) -> bool | None:
