@@ -20,6 +20,7 @@ from moetrace.errors import CaptureError, EngineError, RequestError
 from moetrace.trace import WeightSpan
 
 TINY = "models/tiny-qwen3-moe"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def make_engine():
     engines = []
 
     def make(model: Any, tokenizer: Any = None, **knobs: Any) -> TransformersEngine:
-        engines.append(TransformersEngine(model, EngineConfig(**{**CAPTURE, **knobs}), tokenizer))
+        engines.append(TransformersEngine(model.to(DEVICE), EngineConfig(**{**CAPTURE, **knobs}), tokenizer))
         return engines[-1]
 
     yield make
@@ -346,7 +347,7 @@ def test_hybrid_attention_keeps_every_row_beyond_the_window(make_engine) -> None
     results = [result for generation in generations for result in generation.results(120)]
     engine.close()
     for result in results:
-        tokens = torch.tensor([result.prompt_tokens + result.output_tokens])
+        tokens = torch.tensor([result.prompt_tokens + result.output_tokens], device=DEVICE)
         with torch.no_grad(), moetrace.record(model) as recording:
             model(input_ids=tokens[:, :-1], use_cache=False)
         assert result.trace is not None

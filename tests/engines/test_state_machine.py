@@ -6,6 +6,7 @@ MOETRACE_MACHINE_EXAMPLES=300 python -m pytest tests/engines/test_state_machine.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,6 +19,7 @@ from dye import Dye
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from transformers.utils import is_flash_attn_3_available
 
 from moetrace.engines.base import EngineConfig, GenerateResult, Generation, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
@@ -26,10 +28,13 @@ from moetrace.trace import WeightSpan
 EXAMPLES = int(os.environ.get("MOETRACE_MACHINE_EXAMPLES", "6"))
 FEWEST, MOST = (1, 16) if EXAMPLES < 20 else (60, 160)
 """Requests submitted at once."""
-DYE = Dye(vocab=64, num_experts=32, top_k=4, num_layers=3, window=256)
+FLASH = torch.cuda.is_available() and is_flash_attn_3_available()
+"""Then with CUDA graphs, asynchronous batching and pages as large as its kernel wants them."""
+PAGES, CHUNKS, LONG = ([256], [64, 300, 2048], 700) if FLASH else ([8, 16], [12, 40, 256], 90)
+CACHES = [8 * max(PAGES), 16 * max(PAGES), 4096] if FLASH else [320, 512, 4096]
+DYE = Dye(vocab=64, num_experts=32, top_k=4, num_layers=3, window=1024 if FLASH else 256, head_dim=64 if FLASH else 8)
 SHIFT = 31
-PREFIXES = np.random.default_rng(0).integers(0, DYE.vocab, (4, 100)).tolist()
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PREFIXES = np.random.default_rng(0).integers(0, DYE.vocab, (4, LONG)).tolist()
 TOTALS = {"requests": 0, "sequences": 0, "rows": 0, "missing": 0, "aborted": 0, "updates": 0, "preemptions": 0}
 
 
@@ -46,7 +51,7 @@ def routes(tokens: list[int], version: int) -> np.ndarray:
 
 
 def weights(version: int) -> dict[str, torch.Tensor]:
-    dye = Dye(DYE.vocab, DYE.num_experts, DYE.top_k, len(DYE.layers) + 1, 256)
+    dye = copy.copy(DYE)
     dye.route = lambda token, layer: DYE.route((token + SHIFT * (version % 2)) % DYE.vocab, layer)  # type: ignore[method-assign]
     return dye.model().state_dict()
 
@@ -58,9 +63,9 @@ class Rollouts(RuleBasedStateMachine):
     """Submits, forks, aborts, pauses, updates weights; the cache is small enough to preempt and to evict."""
 
     @initialize(
-        cache=st.sampled_from([320, 512, 4096]),
-        chunk=st.sampled_from([12, 40, 256]),
-        page=st.sampled_from([8, 16]),
+        cache=st.sampled_from(CACHES),
+        chunk=st.sampled_from(CHUNKS),
+        page=st.sampled_from(PAGES),
         sharing=st.booleans(),
     )
     def start(self, cache: int, chunk: int, page: int, sharing: bool) -> None:
@@ -74,7 +79,10 @@ class Rollouts(RuleBasedStateMachine):
             weight_version="0",
             seed=0,
         )
-        self.engine = TransformersEngine(DYE.model().to(DEVICE), config, Letters())  # type: ignore[arg-type]
+        model: Any = DYE.model(torch.bfloat16 if FLASH else torch.float32)
+        if FLASH:
+            model.to("cuda").set_attn_implementation("flash_attention_3")
+        self.engine = TransformersEngine(model, config, Letters())
         self.version = 0
         self.running: list[Generation] = []
         offloading = self.engine._manager.batch_processor.offloading_manager
@@ -89,7 +97,7 @@ class Rollouts(RuleBasedStateMachine):
     @rule(
         count=st.integers(FEWEST, MOST),
         prefix=st.sampled_from(PREFIXES),
-        shared=st.integers(0, 90),
+        shared=st.integers(0, LONG),
         own=st.integers(0, 30),
         new=st.integers(1, 40),
         n=st.sampled_from([1, 1, 1, 2, 3]),
