@@ -180,6 +180,20 @@ def test_aborted_requests_return_what_there_is(dye: Dye, make_engine, wait_s: fl
     assert engine.submit([1, 2], SamplingParams(3)).result(60).output_tokens == [3, 4, 5]
 
 
+def test_preempted_requests_go_on_after_everything_that_ran_was_aborted(dye: Dye, make_engine) -> None:
+    """transformers admits nobody after a preemption until a request finishes; an aborted one counts too."""
+    engine = make_engine(dye.model(), kv_cache_tokens=160, max_batch_tokens=48)
+    loop = engine._loop
+    generations = [engine.submit(prompt, SamplingParams(90), return_routes=True) for prompt in prompts_of(dye, 6)]
+    while not loop._scheduler.block_new_requests:
+        time.sleep(0.001)
+    loop.call(lambda: [engine.abort(name) for name in list(loop._scheduler.active_requests)]).result(60)
+    results = [generation.result(60) for generation in generations]
+    assert {result.finish_reason for result in results} == {"abort", "length"}
+    for result in results:
+        assert_partial(dye, result, result.finish_reason)
+
+
 def test_aborting_everything_twice_and_a_stranger_is_harmless(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model())
     generation = engine.submit([1, 2], SamplingParams(400), return_routes=True)

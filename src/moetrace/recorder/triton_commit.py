@@ -5,7 +5,7 @@ One program writes one token's row: read as L runs of K int64, written as one ru
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -19,24 +19,24 @@ _MAX_BLOCK = 1024
 
 
 @triton.jit
-def _commit(
-    ids: Any,
-    rows: Any,
-    marks: Any,
-    tokens: Any,
-    version: Any,
-    places: Any,
-    positions: Any,
-    num_slots: Any,
-    layer_stride: Any,
-    table_width: Any,
+def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    ids,
+    rows,
+    marks,
+    tokens,
+    version,
+    places,
+    positions,
+    num_slots,
+    layer_stride,
+    table_width,
     PAGE: tl.constexpr,
     STRIDE: tl.constexpr,
     BY_TABLE: tl.constexpr,
     K: tl.constexpr,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     n = tl.program_id(0).to(tl.int64)
     if BY_TABLE:
         position = tl.load(positions + n).to(tl.int64)

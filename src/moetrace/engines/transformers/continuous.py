@@ -227,6 +227,7 @@ class BatchLoop:
         self._cancelled = {request_id: known[request_id] for request_id in asked & set(known)}
         scheduler._requests_to_fork = [s for s in scheduler._requests_to_fork if s.request_id not in asked]
         states = own()
+        scheduler.block_new_requests = False  # as when a request finishes: what was preempted has room now
         for state in states:
             state._status = RequestStatus.FINISHED  # a step in flight must not go on with it
             self._deliver(state.to_generation_output())
