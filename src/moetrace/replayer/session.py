@@ -50,7 +50,7 @@ class ReplaySession(RoutingSession):
         experts_LNK, replayed_N1 = self._on(selection.live_NK.device)
         given_NK = experts_LNK[selection.site.index].long()
         if not selection.recompute:
-            self._monitor.observe(selection.site.index, selection.live_NK, given_NK)
+            self._monitor.observe(selection.site.index, selection.live_NK)
         if self._live_somewhere:
             given_NK = torch.where(replayed_N1, given_NK, selection.live_NK)
         selection.indices_NK = given_NK

@@ -93,7 +93,7 @@ class ModelTap:
     def fingerprint(self) -> str:
         """`fingerprint_of` the model as it is now."""
         model = self._model()
-        return "" if model is None else fingerprint_of(model)
+        return "" if model is None else fingerprint_of(model, self.sites)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -341,7 +341,14 @@ def tap_model(model: nn.Module) -> ModelTap:
         )
     with _taps_lock:
         tap = _taps.get(model)
-        routers = [site.module for site in find_routers(model)]
-        if tap is None or [site.module for site in tap.sites] != routers:  # wrapped or changed since the last time
+        if tap is None or not _is_current(tap, model):
             tap = _taps[model] = ModelTap(model)
         return tap
+
+
+def _is_current(tap: ModelTap, model: nn.Module) -> bool:
+    """False once a router has been wrapped, replaced or removed."""
+    try:
+        return all(model.get_submodule(site.name) is site.module for site in tap.sites)
+    except AttributeError:
+        return False
