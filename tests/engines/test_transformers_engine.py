@@ -237,6 +237,26 @@ def test_top_k_1_samples_the_most_likely_token_of_each_request_in_a_mixed_batch(
     assert len({tuple(future.result(60).output_tokens) for future in wild}) == 4
 
 
+def test_the_vocabulary_is_sorted_only_while_a_request_truncates(dye: Dye, make_engine, monkeypatch) -> None:
+    engine = make_engine(dye.model())
+    sorts, own = [], torch.sort
+
+    def sort(scores: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sorts.extend([1] * (scores.shape[-1] == dye.vocab))
+        return own(scores, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "sort", sort)
+    for sampling in (SamplingParams(5), SamplingParams(5, do_sample=True, temperature=0.7, n=2)):
+        engine.submit([1, 2], sampling).results(60)
+    assert not sorts
+    for sampling in (SamplingParams(5, do_sample=True, top_p=0.9), SamplingParams(5, do_sample=True, top_p=0.5, n=2)):
+        engine.submit([1, 2], sampling).results(60)
+    assert len(sorts) >= 10
+    seen = len(sorts)
+    engine.submit([1, 2], SamplingParams(5, do_sample=True)).result(60)
+    assert len(sorts) == seen
+
+
 def test_an_end_of_sequence_token_stops_a_request_and_ignore_eos_does_not(dye: Dye, make_engine) -> None:
     model = dye.model()
     model.generation_config.eos_token_id = 20

@@ -25,9 +25,9 @@ from moetrace.engines.base import (
     check_request,
 )
 from moetrace.engines.transformers import loading
-from moetrace.engines.transformers import sampling as sampler
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
+from moetrace.engines.transformers.sampling import Sampler, generation_config
 from moetrace.engines.transformers.stopping import StopTexts
 from moetrace.engines.transformers.weights import apply_weights, check_weights
 from moetrace.errors import EngineError, RequestError
@@ -42,7 +42,7 @@ class _Pending:
     """A sequence that somebody waits for."""
 
     prompt: list[int]
-    max_new_tokens: int
+    sampling: SamplingParams
     future: Future[GenerateResult]
     return_routes: bool
     stop_ids: frozenset[int]
@@ -71,12 +71,12 @@ class TransformersEngine:
         self._eos_token_ids = loading.eos_token_ids(model)
         window = loading.window_of(text_config, config)
         self._manager: Any = model.init_continuous_batching(  # type: ignore[operator]
-            generation_config=sampler.generation_config(self.vocab_size, self._eos_token_ids),
+            generation_config=generation_config(self.vocab_size, self._eos_token_ids),
             continuous_batching_config=loading.batching_config(model.device, window, config),
         )
-        untruncated = sampler.extend_processors(self._manager)
+        self._sampler = Sampler(self._manager, self.vocab_size)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
-        sampler.take_untruncated_logprobs(processor.model_runner, untruncated)
+        self._sampler.attach(processor)
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
         self.max_model_len = min(window, self._cache_tokens)
         self._loop = BatchLoop(self._manager)
@@ -158,7 +158,7 @@ class TransformersEngine:
             futures = []
             for name in names:
                 texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
-                pending = _Pending(prompt, sampling.max_new_tokens, Future(), return_routes, frozenset(stop_ids), texts)
+                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), texts)
                 futures.append(pending.future)
                 self._pending[name] = pending
                 if self._capture and return_routes:
@@ -170,7 +170,7 @@ class TransformersEngine:
                 max_new_tokens=sampling.max_new_tokens,
                 streaming=bool(sampling.stop),
                 eos_token_id=stop_ids or -1,
-                **sampler.request_kwargs(sampling, self.vocab_size),
+                **self._sampler.admit(sampling),
             )
         return Generation(request_id, tuple(futures))
 
@@ -259,8 +259,9 @@ class TransformersEngine:
     def _finish(self, output: Any) -> None:
         with self._lock:
             pending = self._pending.pop(output.request_id, None)
-        if pending is None:
-            return
+            if pending is None:
+                return
+            self._sampler.retire(pending.sampling)
         try:
             if output.error is not None:
                 raise RequestError(f"the engine failed this request ({output.error})")
@@ -278,7 +279,7 @@ class TransformersEngine:
             generated, reason = generated[: pending.stop_texts.length], "stop"
         elif generated and generated[-1] in pending.stop_ids:
             reason = "stop"
-        elif pending.aborted and len(generated) < pending.max_new_tokens:
+        elif pending.aborted and len(generated) < pending.sampling.max_new_tokens:
             reason = "abort"
         trace = None
         if self._capture and pending.return_routes:
