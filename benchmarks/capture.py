@@ -29,7 +29,8 @@ import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-from transformers.generation.continuous_batching.requests import RequestStatus, create_warmup_future_states
+from transformers.generation.continuous_batching import requests as cb_requests
+from transformers.generation.continuous_batching import utils as cb_utils
 
 from moetrace.engines.base import EngineConfig, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=256, help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each variant, or hundreds of graph replays")
     parser.add_argument("--one-at-a-time", action="store_true", help="one engine in memory: start anew for each round")
     parser.add_argument("--out", type=Path)
@@ -110,8 +112,8 @@ def start(model: Any, args: argparse.Namespace, capture: bool) -> TransformersEn
     """An engine with room for exactly the work at hand."""
     knobs: dict[str, Any] = {"seed": 0, "enable_return_routed_experts": capture, "max_running_requests": args.batch}
     if args.device != "cpu":
-        pages = -(-(args.prompt + args.new) // 256) + 1
-        knobs |= {"kv_cache_tokens": args.batch * pages * 256, "max_batch_tokens": max(args.batch, 8192)}
+        tokens = -(-(args.prompt + args.new) // 256) * 256 * args.batch
+        knobs |= {"kv_cache_tokens": tokens * 5 // 4, "max_batch_tokens": args.batch_tokens}
     return TransformersEngine(model, EngineConfig(**knobs))
 
 
@@ -125,7 +127,9 @@ def step(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     engine._loop.pause()
 
     def build() -> dict[str, torch.cuda.CUDAGraph]:
-        states = create_warmup_future_states(args.batch, RequestStatus.DECODING, 1, args.prompt, cache)
+        home = cb_requests if hasattr(cb_requests, "create_warmup_future_states") else cb_utils  # 5.18 moved it
+        status = cb_requests.RequestStatus.DECODING
+        states = home.create_warmup_future_states(args.batch, status, 1, args.prompt, cache)
         io.prepare_batch_tensors(states, runner.logit_processor, True, args.batch, 0, use_padding=True)
         data = io.get_model_kwargs(use_padding=True)
         data["logits_to_keep"] = data["logits_indices"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 import time
 from typing import Any
@@ -33,7 +34,8 @@ def make_engine():
     engines = []
 
     def make(model: Any, tokenizer: Any = None, **knobs: Any) -> TransformersEngine:
-        engines.append(TransformersEngine(model.to(DEVICE), EngineConfig(**{**CAPTURE, **knobs}), tokenizer))
+        knobs = {**CAPTURE, "kv_cache_tokens": 1 << 15, **knobs}
+        engines.append(TransformersEngine(model.to(DEVICE), EngineConfig(**knobs), tokenizer))
         return engines[-1]
 
     yield make
@@ -384,6 +386,16 @@ def test_a_model_with_sliding_attention_only_is_refused_beyond_its_window_and_ri
             assert_dyed(dye, result)
     finally:
         engine.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_capture_lives_inside_torch_compile(make_engine) -> None:
+    """The whole forward is one graph of torch.compile, taps included."""
+    dye = Dye(vocab=48, num_experts=16, num_layers=2)
+    engine = make_engine(dye.model(), compile_level=1, max_batch_tokens=32, kv_cache_tokens=1024)
+    assert engine._manager.batch_processor.model_runner._compiled_varlen is not None
+    for result in generate(engine, prompts_of(dye, 6, longest=40)):
+        assert_dyed(dye, result)
 
 
 def test_many_threads_submit_abort_pause_and_update(dye: Dye, make_engine) -> None:

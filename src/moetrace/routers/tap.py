@@ -162,7 +162,8 @@ class ModelTap:
                 return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
             if any(session.supplies_routes for session in state.sessions):
                 _refuse_unknown_checkpointing(site)
-            with _TopkMode(site, state.sessions, state.recompute) as mode:
+            mode = _TopkMode(site, state.sessions, state.recompute)
+            with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
             return output
