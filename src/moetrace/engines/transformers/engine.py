@@ -213,16 +213,14 @@ class TransformersEngine:
         """True while the generation thread lives."""
         return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
 
-    def join(self) -> None:
-        """Wait until the engine has stopped; what the ranks that follow rank 0 do."""
-        self._deliverer.join()
-
     def close(self) -> None:
-        """Finish what is queued, stop, and leave the model as it was."""
+        """Finish what is queued, stop, and leave the model as it was. Ranks that follow rank 0 wait for it to stop."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
+        if not self.is_driver:
+            self._deliverer.join()
         self._loop.resume()
         self._manager.stop(block=True)
         self._deliverer.join()
