@@ -63,6 +63,9 @@ def _serve(args: argparse.Namespace) -> int:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
     engine = TransformersEngine.load(args.model, config)
+    if not engine.is_driver:  # under torchrun, rank 0 serves
+        engine.close()
+        return 0
     try:
         app = create_app(engine, TransformersEngine.tokenizer(args.model))
         uvicorn.run(app, host=args.host, port=args.port, log_level="info")
