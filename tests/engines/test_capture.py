@@ -84,6 +84,18 @@ def test_rows_of_a_request_in_chunks_beside_another(dye: Dye, loop: Loop) -> Non
     assert_rows(dye, loop.finish("b", [7], [9, 8, 7, 6]), [9, 8, 7, 6])
 
 
+def test_requests_of_several_pages_that_end_in_one_step_get_their_own(dye: Dye, loop: Loop) -> None:
+    sequences = {"a": ([1, 2, 3, 4, 5, 6], [5, 2]), "b": ([9, 8, 7, 6, 5], [7, 1]), "c": ([30, 31], [4])}
+    for request_id in sequences:
+        loop.capture.watch(request_id)
+    loop.step(*((tokens, pages, 0) for tokens, pages in sequences.values()))
+    for request_id, (_, pages) in sequences.items():
+        loop.capture.freed(request_id, pages, None, over=True)
+    loop.capture.settle()
+    for request_id, (tokens, _) in sequences.items():
+        assert_rows(dye, loop.capture.collect(request_id, [*tokens, 0]), [*tokens, 0])
+
+
 def test_pages_given_back_are_gathered_before_the_next_owner_writes(dye: Dye, loop: Loop) -> None:
     loop.capture.watch("old")
     loop.step(([1, 2, 3], [5], 0))

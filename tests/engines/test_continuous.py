@@ -1,0 +1,82 @@
+"""`BatchLoop` tells its listener what transformers does to pages; against the real scheduler and cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dye import Dye
+from test_transformers_engine import CAPTURE, assert_dyed
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+
+from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.transformers import TransformersEngine
+
+
+@pytest.fixture
+def engine():
+    engine = TransformersEngine(Dye().model(), EngineConfig(**CAPTURE))
+    yield engine
+    engine.close()
+
+
+def calls_of(engine: TransformersEngine, name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The arguments of every call of one listener method from now on."""
+    calls: list[tuple] = []
+    own = getattr(engine._capture, name)
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append((*args, *kwargs.values()))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(engine._capture, name, spy)
+    return calls
+
+
+def test_equal_pages_computed_side_by_side_become_one_and_the_loser_says_which_it_had(engine, monkeypatch) -> None:
+    replaced = calls_of(engine, "replaced", monkeypatch)
+    freed = calls_of(engine, "freed", monkeypatch)
+    prompt = list(range(40))
+    engine.pause()  # so that both are admitted to one step
+    running = [engine.submit(prompt, SamplingParams(4), return_routes=True) for _ in range(2)]
+    engine.resume()
+    for generation in running:
+        assert_dyed(Dye(), generation.result(60))
+    first, second = (generation.request_id for generation in running)
+    assert [(request_id, index) for request_id, index, _ in replaced] == [(second, 0), (second, 1)]
+    tables = {request_id: pages for request_id, pages, *_ in freed}
+    assert tables[first][:2] == tables[second][:2]
+    assert not {page for _, _, page in replaced} & set(tables[second])
+
+
+@pytest.mark.parametrize(
+    ("generated", "position_offset", "computed"),
+    [([7, 8], 12, 11), ([7, 8], 11, 11), ([], 10, 9), ([], 6, 6)],
+    ids=["decoding, a step in flight", "decoding", "prompt done, a step in flight", "prefilling"],
+)
+def test_what_a_step_in_flight_computes_for_a_preempted_request_does_not_count(
+    engine, monkeypatch, generated: list[int], position_offset: int, computed: int
+) -> None:
+    freed = calls_of(engine, "freed", monkeypatch)
+    state = RequestState("victim", initial_tokens=list(range(10)))
+    state.generated_tokens, state.position_offset = generated, position_offset
+    state._status = RequestStatus.DECODING if generated else RequestStatus.PREFILLING
+    loop = engine._loop
+    loop._scheduler.active_requests["victim"] = state
+    loop.pages.table["victim"] = []
+    monkeypatch.setattr(loop, "_preempting", True)
+    loop._cache.free_blocks("victim")
+    del loop._scheduler.active_requests["victim"]
+    assert freed == [("victim", [], computed, False)]
+
+
+def test_a_cancelled_request_that_the_engine_does_not_know_still_gets_an_answer(engine, monkeypatch) -> None:
+    """As with forks of a parent that is cancelled before it forks."""
+    engine.pause()
+    generation = engine.submit(list(range(20)), SamplingParams(5, n=3), return_routes=True)
+    engine.abort(generation.request_id)
+    for result in generation.results(60):
+        assert (result.output_tokens, result.finish_reason) == ([], "abort")
+        assert result.trace is not None
+        assert not result.trace.valid_T.any()
+    assert not engine._capture._histories
