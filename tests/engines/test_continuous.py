@@ -70,6 +70,24 @@ def test_what_a_step_in_flight_computes_for_a_preempted_request_does_not_count(
     assert freed == [("victim", [], computed, False)]
 
 
+def test_a_request_cancelled_while_a_step_is_in_flight(engine, monkeypatch) -> None:
+    """It is not forked, its result is thrown away, and only what was computed counts."""
+    freed = calls_of(engine, "freed", monkeypatch)
+    loop, state = engine._loop, RequestState("victim", initial_tokens=list(range(10)), num_children=1)
+    state.position_offset, state._status = 6, RequestStatus.PREFILLING
+
+    def plant() -> None:
+        loop._scheduler.active_requests["victim"] = state
+        loop._scheduler._requests_to_fork.append(state)
+        loop._scheduler.set_request_cancellation("victim")
+
+    loop.call(plant).result(60)
+    loop.call(lambda: None).result(60)
+    assert freed == [("victim", [], 6, True)]
+    assert state.status == RequestStatus.FINISHED
+    assert not loop._scheduler._requests_to_fork
+
+
 def test_a_cancelled_request_that_the_engine_does_not_know_still_gets_an_answer(engine, monkeypatch) -> None:
     """As with forks of a parent that is cancelled before it forks."""
     engine.pause()

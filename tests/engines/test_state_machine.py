@@ -142,16 +142,24 @@ class Rollouts(RuleBasedStateMachine):
     def wait_for_some(self, count: int) -> None:
         self.engine.resume()
         done, self.running = self.running[:count], self.running[count:]
-        for generation in done:
-            for result in generation.results(120):
+        self.finish(done)
+
+    def finish(self, generations: list[Generation]) -> None:
+        for generation in generations:
+            try:
+                results = generation.results(60)
+            except TimeoutError:
+                self.engine.abort()
+                scheduler = self.engine._manager.batch_processor.scheduler
+                facts = {name: value for name, value in vars(scheduler).items() if name != "cache"}
+                raise AssertionError(f"{generation.request_id} is stuck: {facts}") from None
+            for result in results:
                 check(result)
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.engine.resume()
-            for generation in self.running:
-                for result in generation.results(120):
-                    check(result)
+            self.finish(self.running)
             assert not self.engine._capture._histories  # type: ignore[union-attr]
             assert not self.engine._pending
             self.engine.close()

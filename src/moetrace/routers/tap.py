@@ -303,7 +303,7 @@ class _TopkMode(TorchFunctionMode):
 
 def _in_backward() -> bool:
     """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _refuse_unknown_checkpointing(site: RouterSite) -> None:
