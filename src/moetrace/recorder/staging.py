@@ -42,8 +42,7 @@ class Staging(RoutingSession):
         return self.ids_LNK[site.index, :num_tokens]
 
     def on_selection(self, selection: Selection) -> None:
-        place_NK = self.indices_out(selection.site, selection.indices_NK.shape[0])
-        if selection.indices_NK.data_ptr() != place_NK.data_ptr():  # a gradient or a second session was in the way
-            place_NK.copy_(selection.indices_NK)
+        if not selection.in_place:  # a gradient or a second session was in the way
+            self.indices_out(selection.site, selection.indices_NK.shape[0]).copy_(selection.indices_NK)
         if not selection.sorted:
             self.order = "set"

@@ -43,6 +43,7 @@ class Selection:
         live_NK: int64 indices of the router's own top-k.
         indices_NK: int64 indices the router will use; equal to `live_NK` unless a replay changed them.
         recompute: True in the second forward of activation checkpointing.
+        in_place: True if the indices lie already where the session's `indices_out` wanted them.
     """
 
     site: RouterSite
@@ -51,6 +52,7 @@ class Selection:
     indices_NK: torch.Tensor
     sorted: bool
     recompute: bool
+    in_place: bool = False
 
 
 class RoutingSession:
@@ -248,11 +250,14 @@ class _TopkMode(TorchFunctionMode):
 
     def _select(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         scores = args[0] if args else kwargs["input"]
-        live = self._topk_to_session(scores, *args[1:], **kwargs) or func(*args, **kwargs)
+        written = self._topk_to_session(scores, *args[1:], **kwargs)
+        live = func(*args, **kwargs) if written is None else written
         is_sorted = kwargs.get("sorted", args[4] if len(args) > 4 else True)
         live_NK = live.indices.reshape(-1, self.site.top_k)
         scores_NE = scores.reshape(-1, self.site.num_experts)
-        selection = Selection(self.site, scores_NE, live_NK, live_NK, is_sorted, self.recompute)
+        selection = Selection(
+            self.site, scores_NE, live_NK, live_NK, is_sorted, self.recompute, in_place=written is not None
+        )
         for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
             session.on_selection(selection)  # replay first, so that a recording keeps what was really used
         self.selections.append(selection)
