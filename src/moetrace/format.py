@@ -6,13 +6,13 @@ Equal traces give equal bytes; nothing is ever unpickled; a damaged byte is noti
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from moetrace import codecs
 from moetrace.container import KEY, MAX_BYTES, VERSION, BytesSource, Container, FileSource, write
+from moetrace.files import write_whole
 from moetrace.trace import RoutingTrace
 
 __all__ = ["KEY", "MAX_BYTES", "VERSION", "load", "load_file", "open_file", "save", "save_file"]
@@ -78,17 +78,6 @@ def open_file(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> It
         source.close()
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that appears whole or not at all: into a hidden one beside it, then renamed."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def _all_of(container: Container) -> list[RoutingTrace]:
-    container.require_room(sum(header.decoded_bytes for header in container.headers), "the container")
+    container.require_room_for_all()
     return list(container)

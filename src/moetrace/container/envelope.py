@@ -10,8 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,6 +32,9 @@ class Source(Protocol):
     def read(self, start: int, stop: int) -> bytes | memoryview:
         """The bytes from `start` to `stop`, both within `size`."""
 
+    def close(self) -> None:
+        """Give back what was opened."""
+
 
 class BytesSource:
     """Bytes in memory."""
@@ -44,19 +46,40 @@ class BytesSource:
     def read(self, start: int, stop: int) -> memoryview:
         return self._data[start:stop]
 
+    def close(self) -> None:
+        pass
+
 
 class FileSource:
     """An open local file; reads from several threads do not disturb each other."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115
-        self.size = os.fstat(self._file.fileno()).st_size
+    def __init__(self, path: str | os.PathLike[str], flags: int = 0) -> None:
+        """Open it with more `flags` than those for reading, such as `os.O_NOFOLLOW`."""
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        self.size = os.fstat(self._file).st_size
 
     def read(self, start: int, stop: int) -> bytes:
-        return os.pread(self._file.fileno(), stop - start, start)
+        return os.pread(self._file, stop - start, start)
+
+    def fileno(self) -> int:
+        """The open file's descriptor."""
+        return self._file
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
+
+
+class RangeSource:
+    """A part of another source, which it closes with itself."""
+
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        self._source, self._start, self.size = source, start, stop - start
+
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        return self._source.read(self._start + start, self._start + stop)
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class TensorSpec(NamedTuple):

@@ -109,6 +109,10 @@ class Container:
                 fix="Read traces one by one (open_file), or pass a larger max_bytes if you trust the source.",
             )
 
+    def require_room_for_all(self) -> None:
+        """Raise `FormatError` if all traces together are more than `max_bytes`."""
+        self.require_room(sum(header.decoded_bytes for header in self.headers), "the container")
+
     def _checked_arrays(self, i: int, header: TraceHeader) -> dict[str, np.ndarray]:
         arrays = {name: self._envelope.tensor(name) for name in header.tensors(i)}
         checksum = payload_sha256(arrays.values())
