@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
-    """Write a file under a hidden name beside it, then rename it; `durable` waits until the disk has it.
+@contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, under a hidden name beside `path`; renamed to it when the block ends well, else removed.
+
+    Args:
+        path: where it shall be.
+        durable: leave the block only when the disk has it.
 
     Raises:
         OSError: the disk is full, or the like; nothing is left behind.
@@ -16,7 +24,7 @@ def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = False) 
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with part.open("xb") as file:
-            file.write(data)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -26,6 +34,12 @@ def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = False) 
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
+    """Write a file that appears whole or not at all; see `whole_file`."""
+    with whole_file(path, durable=durable) as file:
+        file.write(data)
 
 
 def sync_directory(path: Path) -> None:
