@@ -193,6 +193,7 @@ def test_a_lying_header(changes: dict[str, Any], what: str) -> None:
             "'0.experts' (contradicts|is not where)",
         ),
         ("0.experts", lambda tensor: ("I8", tensor[1], tensor[2]), "'0.experts' has a broken entry"),
+        ("0.experts", lambda tensor: (["U8"], tensor[1], tensor[2]), "'0.experts' has a broken entry"),
         ("0.experts", lambda tensor: ("U8", [-1, -54], tensor[2]), "'0.experts' has a broken entry"),
         ("0.experts", lambda tensor: ("U8", [2**62, 4], tensor[2]), "'0.experts' is not where"),
         ("0.experts", lambda tensor: ("U8", "many", tensor[2]), "'0.experts' has a broken entry"),

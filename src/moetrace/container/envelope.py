@@ -206,7 +206,7 @@ def _entries(header: dict[str, Any]) -> Iterable[tuple[str, TensorSpec, int, int
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"tensor {name!r} has a broken entry", got=repr(error)) from error
         numbers_ok = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-        if not numbers_ok or dtype not in DTYPES:
+        if not numbers_ok or not isinstance(dtype, str) or dtype not in DTYPES:
             raise FormatError(
                 f"tensor {name!r} has a broken entry",
                 expected=f"one of {', '.join(DTYPES)}, whole numbers",
