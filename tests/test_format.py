@@ -226,6 +226,7 @@ def test_auto_with_zstd_takes_what_the_table_says() -> None:
     assert save(trace, codec="auto+zstd") == save(trace, codec="raw+zstd")
     assert save(trace.as_set(), codec="auto+zstd") == save(trace, codec="set+zstd")
     many = make_trace(range(4), MoeLayout((0,), 2_000, 2))
+    assert save(many, codec="auto+zstd") == save(many, codec="bits+zstd")
     assert save(many.as_set(), codec="auto") == save(many.as_set(), codec="bits")
 
 

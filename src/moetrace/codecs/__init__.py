@@ -69,16 +69,18 @@ def resolve(name: str, experts_TLK: np.ndarray, layout: MoeLayout, order: str) -
     """The codec that `auto` or `auto+zstd` stands for: the smallest that loses nothing; other names as they are.
 
     The rule is that of the table in docs/performance.md, not of what happens to be installed. Ids in an order of their
-    own need `bits` (`raw` where they fill their bytes anyway); a set whose ids ascend has its own codec. zstd gains on
-    ids, which are bytes, but hardly on bits, which are not, so `auto+zstd` is `raw+zstd` or `set+zstd`.
+    own need `bits` (`raw` where they fill their bytes anyway); a set whose ids ascend has its own codec. zstd finds
+    something in ids that are bytes, little in sets, nothing in bits; ids of two bytes it cannot make as small as `bits`.
     """
     if name not in (AUTO, AUTO + _ZSTD):
         return name
     compressed = name.endswith(_ZSTD)
     if order == "set" and layout.num_experts <= Set.max_experts and is_ascending(experts_TLK):
         base = "set"
+    elif id_bits(layout) == 8 * layout.dtype.itemsize or (compressed and layout.dtype.itemsize == 1):
+        base = "raw"
     else:
-        base = "raw" if compressed or id_bits(layout) == 8 * layout.dtype.itemsize else "bits"
+        base = "bits"
     return base + _ZSTD if compressed else base
 
 
