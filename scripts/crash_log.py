@@ -2,8 +2,8 @@
 
     python scripts/crash_log.py --kills 1000
 
-Each round forks a writer that appends traces and tells through a pipe of each one it has finished. After a random
-time, spread over what a few appends take, it is killed. Then the log must hold every finished trace, equal to what was
+Each round forks a writer that appends traces and tells through a pipe of each one it has finished. Some random time
+after it has finished a few (or none), it is killed. Then the log must hold every finished trace, equal to what was
 appended, and nothing that was not appended. All rounds write to one directory. Prints JSON; exits 1 if a trace is lost.
 """
 
@@ -44,7 +44,7 @@ def write_until_killed(path: Path, kill: int, durable: bool, told: int) -> None:
             os.write(told, number.to_bytes(4, "little"))
 
 
-def finished_of_one_kill(path: Path, kill: int, durable: bool, seconds: float) -> int:
+def finished_of_one_kill(path: Path, kill: int, durable: bool, chance: random.Random) -> int:
     """How many traces a writer finished before it was killed."""
     heard, told = os.pipe()
     child = os.fork()
@@ -55,11 +55,12 @@ def finished_of_one_kill(path: Path, kill: int, durable: bool, seconds: float) -
         finally:
             os._exit(1)
     os.close(told)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     with os.fdopen(heard, "rb") as pipe:
-        return len(pipe.read()) // 4
+        awaited = len(pipe.read(4 * chance.randrange(5)))
+        time.sleep(chance.uniform(0.0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return (awaited + len(pipe.read())) // 4
 
 
 def lost(path: Path, finished: dict[int, int]) -> Iterator[str]:
@@ -85,10 +86,7 @@ def main() -> int:
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
-        finished = {
-            kill: finished_of_one_kill(path, kill, args.durable, chance.uniform(0.0, 0.03))
-            for kill in range(args.kills)
-        }
+        finished = {kill: finished_of_one_kill(path, kill, args.durable, chance) for kill in range(args.kills)}
         shards = list(path.glob("*.shard"))
         torn = sum(shard.stat().st_size > indexed_bytes(shard) for shard in shards)
         wrong = list(lost(path, finished))

@@ -187,6 +187,7 @@ def main() -> None:
         for i, data in enumerate(seeds()):
             (Path(corpus) / str(i)).write_bytes(data)
         options = [f"-runs={args.runs}", f"-seed={args.seed}", "-max_len=4096", "-rss_limit_mb=1500", "-verbosity=0"]
+        options.append(f"-artifact_prefix={tempfile.gettempdir()}/moetrace-fuzz-")  # an input that fails is kept there
         atheris.Setup([sys.argv[0], *options, corpus], Fuzzer(args.runs, args.out).one, custom_mutator=mutated)
         atheris.Fuzz()
 

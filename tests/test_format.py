@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
 import subprocess
@@ -273,6 +274,31 @@ def test_a_container_is_known_by_its_digest(tmp_path: Path) -> None:
         with open_file(tmp_path / "file") as container:
             digests.add(container.digest)
     assert len(digests) == 5
+
+
+# --- several turns ---
+
+
+@pytest.mark.parametrize("codec", ["auto", "raw", "bits", "set"])
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_a_conversation_sent_by_deltas_comes_back_whole(codec: str, with_tokens: bool) -> None:
+    tokens = list(range(500, 560))
+    whole = make_trace(tokens, valid=[row % 7 != 3 for row in range(59)], versions=[(0, "a"), (25, "b")])
+    joined = None
+    for start, stop in itertools.pairwise([0, 10, 11, 40, 59]):
+        delta = RoutingTrace.build(  # what a turn that ends at `stop` knows
+            whole.experts_TLK[start:stop],
+            whole.layout,
+            tokens[: stop + 1],
+            valid_T=whole.valid_T[start:stop],
+            start=start,
+            weight_spans=whole.slice(start, stop).weight_spans,
+        )
+        (received,) = load(save(delta if with_tokens else delta.without_tokens(), codec=codec))
+        assert received.start == start
+        received = received.with_tokens(tokens)
+        joined = received if joined is None else joined.concat(received)
+    assert joined == (whole.as_set() if codec == "set" else whole)
 
 
 # --- files ---

@@ -119,7 +119,7 @@ def test_kill_9_while_appending_loses_nothing() -> None:
         command = [sys.executable, str(script), "--kills", "25", *knobs]
         report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert report["wrong"] == []
-        assert report["found"] >= report["finished"] > 25
+        assert report["found"] >= report["finished"] > 25  # each writer was let finish two on average
 
 
 def test_a_full_disk_costs_one_trace_and_no_other(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def resolve(name: str, experts_TLK: np.ndarray, layout: MoeLayout, order: str) -
 
     The rule is that of the table in docs/performance.md, not of what happens to be installed. Ids in an order of their
     own need `bits` (`raw` where they fill their bytes anyway); a set whose ids ascend has its own codec. zstd finds
-    something in ids that are bytes, little in sets, nothing in bits; ids of two bytes it cannot make as small as `bits`.
+    something in ids that are bytes, little in sets, nothing in bits; ids of two bytes it makes larger than `bits`.
     """
     if name not in (AUTO, AUTO + _ZSTD):
         return name
