@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moetrace import codecs
@@ -21,7 +21,7 @@ from moetrace.errors import QuotaError, StoreError
 from moetrace.files import sync_directory
 from moetrace.format import save
 from moetrace.stores.base import Reference, require_name
-from moetrace.stores.directory import open_plain
+from moetrace.stores.directory import DirectoryStore, open_plain
 from moetrace.stores.records import INDEX, SHARD, line_of, read_record, records_of
 from moetrace.trace import RoutingTrace
 
@@ -44,11 +44,12 @@ class LogWriter:
             path: the directory.
             codec: see `save`.
             shard_bytes: begin a new shard after so many bytes.
-            quota: bytes that all shards of the directory may take together; None for no bound.
+            quota: bytes that all shards of the directory may take together; None for no bound. Writers that append at
+                the same moment may pass it by what they are appending.
             durable: `append` returns when the disk has the trace, so that it survives a loss of power too.
         """
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self.path = Path(path).resolve()
+        self._directory = DirectoryStore(path)
+        self.path = self._directory.path
         self._codec, self._shard_bytes, self._quota, self._durable = codec, shard_bytes, quota, durable
         self._shard: _OpenShard | None = None
 
@@ -92,7 +93,7 @@ class LogWriter:
     def _require_room(self, more: int) -> None:
         if self._quota is None:
             return
-        used = sum(path.stat().st_size for path in self.path.glob(f"*{SHARD}"))
+        used = sum(entry.size for entry in self._directory.entries() if entry.name.endswith(SHARD))
         if used + more > self._quota:
             raise QuotaError(
                 f"the log {self.path} is full",
@@ -162,7 +163,7 @@ class TraceLog:
         """Remove the shards that no writer has open and that were written last before so many seconds; their names."""
         removed = []
         for path in sorted(self.path.glob(f"*{SHARD}")):
-            with _unless_written(path) as free:
+            with suppress(FileNotFoundError), _unless_written(path) as free:  # another process may remove it first
                 if free and path.stat().st_mtime < time.time() - max_age_s:
                     path.unlink()
                     path.with_suffix(INDEX).unlink(missing_ok=True)
