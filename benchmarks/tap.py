@@ -53,10 +53,11 @@ def main() -> int:
         num_experts_per_tok=8,
         **SHAPES[kind],
     )
-    models = {
-        "tiny-qwen3-moe": AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-qwen3-moe", dtype=dtype),
-        "qwen3-moe shape": AutoModelForCausalLM.from_config(shape, dtype=dtype),
-    }
+    with torch.device(args.device):
+        models = {
+            "tiny-qwen3-moe": AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-qwen3-moe", dtype=dtype),
+            "qwen3-moe shape": AutoModelForCausalLM.from_config(shape, dtype=dtype),
+        }
     results = {name: measure(model.to(args.device), args) for name, model in models.items()}
     record = {
         "command": shlex.join(["python", "benchmarks/tap.py", *sys.argv[1:]]),

@@ -19,6 +19,7 @@ import transformers
 
 from moetrace.conformance import zoo
 from moetrace.conformance.census import Finding, examine
+from moetrace.conformance.scoring import RULES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE, LOWEST = DOCS / "families.md", DOCS / "families-lowest.json"
@@ -33,21 +34,38 @@ What "works" means, each measured by hooks on the router and on the experts modu
 
 - the recorded ids are those the experts received;
 - replaying a model's own record leaves logits and all gradients bit-identical;
-- altered routes reach the experts, no replayed expert has weight zero, and every router gets a gradient;
-- the weights at the replayed ids follow the same formula, in float64 from the router's live logits, as at the live ids.
+- altered routes reach the experts, and no replayed expert has weight zero;
+- the weights that the experts receive, at live ids and at altered ones, equal the family's formula in float64
+  (`moetrace.conformance.scoring`), which is written from the source, not by calling the model;
+- under altered routes the gradient of the router's logits equals that formula's derivative, and of every token every
+  replayed expert's logit has one.
 
-Columns: *scoring* is that formula ("own": none of the common ones; "–": logits or weights cannot be seen from outside;
-softmax over the K chosen logits is the same as softmax, renormalised); *ids* whether the experts' own ids could be
-compared; *order* of the K ids. In LongCat-Flash and Zaya the router also selects experts that compute nothing; they
+Columns:
+
+- *weight*: the formula of a chosen expert's weight, with × for factors that the config or a parameter names. "Softmax,
+  renormalised" is the same as a softmax over the K chosen logits. Llama 4 multiplies the expert's input by it. What
+  multiplies the output of all experts together is not part of it.
+- *source*: the paper that states the formula; else the class named in *tapped* is the only source, and this its file in
+  transformers/models.
+- *ids*, *weights*: "equal" as measured; "–" where the experts do not receive them.
+- *gradient*: the logits that it reaches: those of the K replayed experts, or all E.
+- *router logits*: what the model returns with `output_router_logits=True`, "–" if nothing (older releases return less).
+  They stay live under replay, and so do the choices that the auxiliary loss counts:
+  [replay.md](replay.md#auxiliary-losses).
+
+Where the formula gives no gradient there is none: a weight renormalised over K = 1 is always 1, and Zaya's class that
+skips the layer weighs nothing. In LongCat-Flash and Zaya the router also selects experts that compute nothing; they
 have ids like the others. Routers of vision and audio towers are not touched, and of DeepSeek-V4 only the layers that
-choose: its hash layers are a table. Router logits that a model returns, and auxiliary losses from them, stay live under
-replay.
+choose: its hash layers are a table.
+
+Logits or weights that hooks cannot see, so that there only ids, the model's own record and the gradient of the router's
+parameters are checked: {unseen} under {newest}; {unseen_lowest} under {lowest}.
 
 Status on {lowest}: "–" where the architecture does not exist there.
 
 """
-COLUMNS = ("family", "class", "scoring", "tapped", "order", "groups", "corrected", "shared")
-COLUMNS += ("ids", "record", "replay", "gradient")
+COLUMNS = ("family", "class", "weight", "source", "tapped", "order", "groups", "corrected", "shared")
+COLUMNS += ("ids", "weights", "record", "replay", "gradient", "router logits")
 
 
 def main() -> int:
@@ -60,7 +78,7 @@ def main() -> int:
     findings = {architecture: examine(architecture) for architecture in zoo.architectures()}
     if args.json:
         statuses = {finding.name: _status(finding) for finding in findings.values()}
-        content = {"transformers": transformers.__version__, "statuses": statuses}
+        content = {"transformers": transformers.__version__, "statuses": statuses, "unseen": _unseen(findings)}
         args.json.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
         return 0
     page = render(findings, json.loads(LOWEST.read_text()))
@@ -83,6 +101,8 @@ def render(findings: dict[zoo.Architecture, Finding], lowest: dict) -> str:
         works=works,
         total=len(findings),
         refused=len(refused),
+        unseen=", ".join(_unseen(findings)) or "none",
+        unseen_lowest=", ".join(lowest["unseen"]) or "none",
     )
     columns = [*COLUMNS, lowest["transformers"], transformers.__version__]
     page += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
@@ -100,18 +120,24 @@ def render(findings: dict[zoo.Architecture, Finding], lowest: dict) -> str:
 def _row(architecture: zoo.Architecture, finding: Finding, lowest: str) -> str:
     cells = [finding.name, architecture.model_class.__name__]
     if finding.refusal:
-        cells += ["–"] * 10
+        cells += ["–"] * (len(COLUMNS) - len(cells))
     else:
-        facts = (finding.grouped, finding.bias, finding.shared)
-        cells += [finding.scoring or "–", ", ".join(finding.routers), finding.order]
-        cells += ["yes" if fact else "" for fact in facts]
-        cells += ["equal" if finding.received else "–", *("yes" if fact else "NO" for fact in _measured(finding))]
+        rule = RULES.get(finding.name)
+        cells += [rule.title, rule.paper or finding.source_file] if rule else ["–", "–"]
+        cells += [", ".join(finding.routers), finding.order]
+        cells += ["yes" if fact else "" for fact in (finding.grouped, finding.bias, finding.shared)]
+        cells += [{True: "equal", False: "NO", None: "–"}[fact] for fact in (finding.received, finding.weights)]
+        cells += ["yes" if fact else "NO" for fact in (finding.received is not False, _replays(finding))]
+        cells += [finding.gradient or "NO", finding.router_logits or "–"]
     return f"| {' | '.join([*cells, lowest, _status(finding)])} |\n"
 
 
-def _measured(finding: Finding) -> tuple[bool, bool, bool]:
-    """Record, replay, gradient."""
-    return finding.received is not False, finding.replayed and finding.altered is not False, finding.gradient
+def _replays(finding: Finding) -> bool:
+    return finding.replayed and finding.altered is not False
+
+
+def _unseen(findings: dict[zoo.Architecture, Finding]) -> list[str]:
+    return [finding.name for finding in findings.values() if not finding.refusal and finding.weights is None]
 
 
 def _status(finding: Finding) -> str:

@@ -13,7 +13,7 @@ from moetrace.commands.files import add_commands
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 
-_TYPES = {"int | None": int, "str": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "str": str}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +65,9 @@ def _serve(args: argparse.Namespace) -> int:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
     config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
     engine = TransformersEngine.load(args.model, config)
+    if not engine.is_driver:  # under torchrun, rank 0 serves
+        engine.close()
+        return 0
     try:
         app = create_app(engine, TransformersEngine.tokenizer(args.model))
         uvicorn.run(app, host=args.host, port=args.port, log_level="info")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tapped import NAMES, REFUSED, TAPPED, found
 
 from moetrace.conformance import zoo
 from moetrace.conformance.census import examine
@@ -22,38 +21,10 @@ from moetrace.replayer import replay
 from moetrace.routers import tap
 from moetrace.trace import RoutingTrace
 
-REFUSED = {
-    "doge": "product keys",
-    "jetmoe": "several routers in one layer",
-    "nllb-moe": "drops tokens beyond an expert's capacity",
-    "phimoe": "SparseMixer",
-    "switch_transformers": "drops tokens beyond an expert's capacity",
-}
-NAMES = [architecture.name for architecture in zoo.architectures()]
-TAPPED = [name for name in NAMES if name not in REFUSED]
-
-# The scoring rules as their papers state them; the census finds them by itself, in float64, at live and at given ids.
-PUBLISHED = {
-    "mixtral": "softmax, renormalised",  # arXiv 2401.04088, section 2.1: softmax over the top-k logits
-    "gpt_oss": "softmax, renormalised",  # arXiv 2508.10925, section 2.2: softmax over only the selected experts
-    "deepseek_v2": "softmax",  # arXiv 2405.04434, eq. 20-22: no renormalisation
-    "deepseek_v3": "sigmoid, renormalised, scaled",  # arXiv 2412.19437, eq. 12-16, and its routed_scaling_factor
-    "qwen3_5_moe_text": "softmax, renormalised",
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, batched_mm sums gradients in another order each time, with or without us."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_works_or_is_refused_by_name(name: str) -> None:
-    finding = examine(zoo.architecture(name))
+    finding = found(name)
     if name in REFUSED:
         assert REFUSED[name] in finding.refusal
         assert not finding.works
@@ -85,17 +56,6 @@ def test_a_family_works_in_every_dtype_and_with_every_experts_implementation(nam
     assert finding.gradient
     assert finding.received is not False
     assert finding.altered is not False
-
-
-@pytest.mark.parametrize("name", sorted(set(PUBLISHED) & set(NAMES)))
-def test_the_scoring_rule_found_is_the_published_one(name: str) -> None:
-    finding = examine(zoo.architecture(name))
-    assert finding.scoring == finding.scoring_replayed == PUBLISHED[name]
-
-
-def test_most_families_follow_a_formula_that_is_known() -> None:
-    formulas = Counter(examine(zoo.architecture(name)).scoring for name in TAPPED)
-    assert formulas["own"] + formulas[""] <= len(TAPPED) / 4, formulas
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -132,6 +92,7 @@ def test_a_tap_that_forgets_the_mask_is_convicted(monkeypatch) -> None:
     finding = examine(zoo.architecture("deepseek_v2"))
     assert not finding.works
     assert finding.altered is False
+    assert finding.gradient == ""
 
 
 def test_a_tap_that_gathers_other_scores_is_convicted(monkeypatch) -> None:

@@ -1,9 +1,7 @@
-"""Capture against a stand-in for the engine's loop, to run orders of events that need a GPU or bad luck otherwise."""
+"""`StepCapture` against a stand-in for the loop, for orders of events that need a GPU or bad luck otherwise."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,73 +9,49 @@ import numpy as np
 import pytest
 import torch
 from dye import Dye
-from transformers.generation.continuous_batching.requests import RequestStatus
 
-from moetrace.engines.transformers.capture import StepCapture
+from moetrace.engines.transformers import capture as capture_module
+from moetrace.engines.transformers.capture import CapturedRows, StepCapture
 from moetrace.errors import CaptureError
+from moetrace.recorder import StepSlots
 
-PAGE = 4
-
-
-@dataclass
-class State:
-    """What capture reads of a request."""
-
-    request_id: str
-    initial_tokens: list[int]
-    generated_tokens: list[int] = field(default_factory=list)
-    position_offset: int = 0
-    status: RequestStatus = RequestStatus.DECODING
+PAGE, PAGES = 4, 12
 
 
 class Loop:
-    """An engine loop in miniature; `update` may come one step late, as with asynchronous batching."""
+    """What capture needs of a loop; steps are forwards of the dye model."""
 
-    compute_stream = None
+    device, max_batch_tokens = torch.device("cpu"), 64
+    offloads_to_host = False
 
-    def __init__(self, dye: Dye) -> None:
+    def __init__(self, dye: Dye, window: int | None = None, max_model_len: int = 64) -> None:
         self.model = dye.model()
-        self.in_flight: deque[list[Any]] = deque()
-        self.packed: list[int] = []
-        self.tables: dict[str, list[int]] = {}
-        cache = SimpleNamespace(
-            device="cpu",
-            max_batch_tokens=64,
-            use_prefix_sharing=True,
-            cache_allocators={"full": SimpleNamespace(tokens_per_page=PAGE, block_table=self.tables)},
-        )
-        self.processor = SimpleNamespace(inputs_and_outputs=self, cache=cache, _generation_step=self.forward)
-        self.capture = StepCapture(self.model, self.processor)
-        self.capture.attach()
+        self.pages = SimpleNamespace(page_size=PAGE, num_pages=PAGES, window=window)
+        self.capture: Any = None
+        self.capture = StepCapture(self.model, self, max_model_len)  # type: ignore[arg-type]
 
-    def prepare_batch_tensors(self, requests: list[Any]) -> None:
-        self.packed = []
-        for request in requests:
-            state, start = request.state, request.state.position_offset
-            tokens = state.initial_tokens + state.generated_tokens + [state.initial_tokens[0]] * 8
-            self.packed += request.tokens or tokens[start : start + request.query_length]
-            state.position_offset += request.query_length
-        self.in_flight.append(requests)
+    def listen(self, listener: Any) -> None:
+        self.capture = listener
 
-    def forward(self, model: torch.nn.Module) -> None:
+    def step(self, *shares: tuple[list[int], list[int], int]) -> None:
+        """One step of (tokens, pages, position of the first token), settled before it as the real loop does."""
+        self.capture.settle()
+        tokens = [token for share in shares for token in share[0]]
+        slots = [
+            pages[(start + i) // PAGE] * PAGE + (start + i) % PAGE
+            for some, pages, start in shares
+            for i in range(len(some))
+        ]
         padding = [0] * 3  # as with CUDA graphs
-        with torch.no_grad():
-            model(torch.tensor([self.packed + padding]))
+        ids_1N = torch.tensor([tokens + padding])
+        with torch.no_grad(), self.capture.forwards():
+            self.model(ids_1N)
+        self.capture.after_forward(StepSlots(ids_1N[0], PAGE, write_index_N=torch.tensor(slots + [-1] * 3)))
 
-    def retrieve_device_outputs(self) -> None:
-        pass
-
-    def prepare_batch_update(self) -> tuple[list[Any], None, None]:
-        return self.in_flight.popleft(), None, None
-
-    def launch(self, *shares: tuple[State, int], tokens: list[int] | None = None) -> None:
-        requests = [SimpleNamespace(state=state, query_length=count, tokens=tokens) for state, count in shares]
-        self.prepare_batch_tensors(requests)
-        self.processor._generation_step(self.model)
-        self.retrieve_device_outputs()
-
-    def update(self) -> None:
-        self.prepare_batch_update()
+    def finish(self, request_id: str, pages: list[int], tokens: list[int], computed: int | None = None) -> CapturedRows:
+        self.capture.freed(request_id, pages, computed, over=True)
+        self.capture.settle()
+        return self.capture.collect(request_id, tokens)
 
 
 @pytest.fixture
@@ -85,114 +59,160 @@ def dye() -> Dye:
     return Dye()
 
 
-def test_rows_in_flight_are_never_taken_from_pages_of_an_earlier_owner(dye: Dye) -> None:
-    loop = Loop(dye)
-    loop.tables["old"] = loop.tables["new"] = [3, 4]
-    loop.launch((State("old", [1, 2, 7, 9]), 4))
-    loop.update()
-    loop.capture._pages._experts[3][:] = 0  # so that reading them would show
-    new = State("new", [1, 2, 7, 8, 9])
-    loop.launch((new, 3))
-    loop.launch((new, 2))  # planned while the first chunk is in flight, as with asynchronous batching
-    loop.update()
-    loop.update()
-    experts_TLK, valid_T = loop.capture.collect("new", 5)
-    assert valid_T.all()
-    np.testing.assert_array_equal(experts_TLK, dye.routes([1, 2, 7, 8, 9]))
+@pytest.fixture
+def loop(dye: Dye) -> Loop:
+    return Loop(dye)
 
 
-def test_a_step_launched_before_the_last_update_knows_its_tokens_when_it_is_harvested(dye: Dye) -> None:
-    loop = Loop(dye)
-    state = State("r", [1, 2])
-    loop.tables["r"] = [0]
-    loop.launch((state, 2))  # samples 7
-    loop.launch((state, 1), tokens=[7])
-    loop.update()
-    state.generated_tokens.append(7)
-    loop.launch((state, 1), tokens=[8])
-    loop.update()
-    state.generated_tokens.append(8)
-    loop.update()
-    np.testing.assert_array_equal(loop.capture.collect("r", 4)[0], dye.routes([1, 2, 7, 8]))
-    assert loop.capture._pages._tokens[0].tolist() == [1, 2, 7, 8]
+def assert_rows(dye: Dye, rows: CapturedRows, tokens: list[int]) -> None:
+    assert rows.valid_T.all()
+    np.testing.assert_array_equal(rows.experts_TLK, dye.routes(tokens[:-1]))
 
 
-@pytest.mark.parametrize("status", [RequestStatus.FINISHED, RequestStatus.PENDING])
-def test_rows_of_a_step_whose_tokens_were_thrown_away_are_not_kept(dye: Dye, status: RequestStatus) -> None:
-    loop = Loop(dye)
-    state, other = State("r", [1, 2, 3]), State("o", [4, 5])
-    loop.launch((state, 3), (other, 2))
-    state.status = status
-    loop.update()
-    assert not loop.capture.collect("r", 3)[1].any()
-    experts_TLK, valid_T = loop.capture.collect("o", 2)
-    assert valid_T.all()
-    np.testing.assert_array_equal(experts_TLK, dye.routes([4, 5]))
+def reroute(loop: Loop) -> None:
+    """From now on layer 1 routes as layer 2 does."""
+    layers = loop.model.model.layers
+    layers[1].mlp.gate.weight.data.copy_(layers[2].mlp.gate.weight.data)
 
 
-def test_a_preempted_request_keeps_its_first_rows_and_pages_hold_the_latest(dye: Dye) -> None:
-    loop = Loop(dye)
-    state = State("r", [1, 2, 3, 4])
-    loop.tables["r"] = [0]
-    loop.launch((state, 4))
-    loop.update()
-    resumed = State("r", [1, 2, 3, 4, 5])
-    loop.tables["r"] = [7, 8]
-    loop.model.model.layers[1].mlp.gate.weight.data.copy_(loop.model.model.layers[2].mlp.gate.weight.data)
-    loop.launch((resumed, 5))  # the recomputation routes differently
-    loop.update()
-    first = dye.routes([1, 2, 3, 4, 5])
-    second = first.copy()
-    second[:, 0] = first[:, 1]
-    pages = loop.capture._pages
-    np.testing.assert_array_equal(pages._experts[7], second[:4])
-    experts_TLK, valid_T = loop.capture.collect("r", 5)
-    assert valid_T.all()
-    np.testing.assert_array_equal(experts_TLK, np.concatenate([first[:4], second[4:]]))
+def test_rows_of_a_request_in_chunks_beside_another(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.capture.watch("b")
+    loop.step(([1, 2, 3], [5, 2], 0), ([9, 8], [7], 0))
+    loop.step(([4, 5], [5, 2], 3), ([7], [7], 2))
+    assert_rows(dye, loop.finish("a", [5, 2], [1, 2, 3, 4, 5, 6]), [1, 2, 3, 4, 5, 6])
+    assert_rows(dye, loop.finish("b", [7], [9, 8, 7, 6]), [9, 8, 7, 6])
 
 
-def test_a_shared_page_without_captured_rows_leaves_them_missing(dye: Dye) -> None:
-    loop = Loop(dye)
-    state = State("r", [1, 2, 3, 4, 5, 6], position_offset=4)
-    loop.tables["r"] = [9, 10]
-    loop.launch((state, 2))
-    loop.update()
-    experts_TLK, valid_T = loop.capture.collect("r", 6)
-    assert valid_T.tolist() == [False] * 4 + [True] * 2
-    assert not experts_TLK[:4].any()
-    assert loop.capture.counts.missing_rows == 4
+def test_pages_given_back_are_gathered_before_the_next_owner_writes(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("old")
+    loop.step(([1, 2, 3], [5], 0))
+    loop.capture.freed("old", [5], None, over=True)
+    loop.step(([30, 31, 32], [5], 0))  # the page has another owner now
+    assert_rows(dye, loop.capture.collect("old", [1, 2, 3, 4]), [1, 2, 3, 4])
 
 
-def test_a_shared_page_with_rows_of_other_tokens_leaves_them_missing(dye: Dye) -> None:
-    loop = Loop(dye)
-    loop.tables["a"] = [9]
-    loop.launch((State("a", [1, 2, 3, 4]), 4))
-    loop.update()
-    state = State("b", [1, 2, 3, 8, 5], position_offset=4)
-    loop.tables["b"] = [9, 10]
-    loop.launch((state, 1))
-    loop.update()
-    assert loop.capture.collect("b", 5)[1].tolist() == [False] * 4 + [True]
+def test_a_step_in_flight_that_is_thrown_away_leaves_no_row(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2, 3], [5], 0))
+    loop.step(([50], [5], 3))  # computed for a token that was not taken
+    rows = loop.finish("a", [5], [1, 2, 3, 4, 5])
+    assert rows.valid_T.tolist() == [True, True, True, False]
+    assert not rows.experts_TLK[3].any()
 
 
-def test_padding_of_a_step_reaches_no_sequence(dye: Dye) -> None:
-    loop = Loop(dye)
-    states = [State(f"r{i}", [i, i + 1]) for i in range(5)]
-    loop.launch(*((state, 2) for state in states))
-    loop.update()
-    for i, state in enumerate(states):
-        np.testing.assert_array_equal(loop.capture.collect(state.request_id, 2)[0], dye.routes([i, i + 1]))
+def test_a_preempted_request_keeps_its_first_rows(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2, 3, 4, 5], [3, 4], 0))
+    loop.capture.freed("a", [3, 4], 4, over=False)
+    reroute(loop)
+    loop.step(([1, 2, 3, 4, 5], [7, 8], 0))  # computed again, otherwise
+    rows = loop.finish("a", [7, 8], [1, 2, 3, 4, 5, 6])
+    expected = dye.routes([1, 2, 3, 4, 5])
+    expected[4, 0] = expected[4, 1]
+    np.testing.assert_array_equal(rows.experts_TLK, expected)
 
 
-def test_an_engine_that_finishes_another_step_than_planned_is_stopped(dye: Dye) -> None:
-    loop = Loop(dye)
-    loop.launch((State("r", [1, 2]), 2))
-    loop.in_flight[0] = [SimpleNamespace(state=State("r", [1, 2]), query_length=2, tokens=None)]
-    with pytest.raises(CaptureError, match="another step than the one that was planned"):
-        loop.update()
+def test_of_several_preemptions_the_oldest_row_counts(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2], [3], 0))
+    loop.capture.freed("a", [3], 2, over=False)
+    reroute(loop)
+    loop.step(([1, 2, 3], [4], 0))
+    loop.capture.freed("a", [4], 3, over=False)
+    loop.model.load_state_dict(dye.model().state_dict())
+    loop.step(([1, 2, 3, 4], [5], 0))
+    rows = loop.finish("a", [5], [1, 2, 3, 4, 5])
+    expected = dye.routes([1, 2, 3, 4])
+    expected[2, 0] = expected[2, 1]
+    np.testing.assert_array_equal(rows.experts_TLK, expected)
 
 
-def test_an_engine_without_the_known_methods_is_refused_by_name(dye: Dye) -> None:
-    processor = SimpleNamespace(cache=SimpleNamespace())
-    with pytest.raises(CaptureError, match=r"no 'inputs_and_outputs'.*5\.17 to 5\.23"):
-        StepCapture(dye.model(), processor)
+def test_a_page_that_became_another_requests_equal_page_keeps_its_own_rows(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("b")
+    loop.step(([1, 2, 3, 4], [1], 0))  # a
+    reroute(loop)
+    loop.step(([1, 2, 3, 4], [2], 0))  # b, the same tokens
+    loop.capture.replaced("b", 0, 2)
+    loop.step(([5], [1, 3], 4), ([40, 41, 42, 43], [2], 0))
+    rows = loop.finish("b", [1, 3], [1, 2, 3, 4, 5, 6])
+    expected = dye.routes([1, 2, 3, 4, 5])
+    expected[:, 0] = expected[:, 1]
+    np.testing.assert_array_equal(rows.experts_TLK, expected)
+
+
+def test_a_forks_copied_page_has_its_rows_also_where_the_target_was_just_given_back(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("gone")
+    loop.capture.watch("fork")
+    loop.step(([1, 2, 3], [1], 0), ([20, 21, 22], [6], 0))
+    loop.capture.freed("gone", [6], None, over=True)
+    loop.capture.copied([1], [6])
+    loop.step(([4], [6], 3))
+    assert_rows(dye, loop.capture.collect("gone", [20, 21, 22, 23]), [20, 21, 22, 23])
+    assert_rows(dye, loop.finish("fork", [6], [1, 2, 3, 4, 5]), [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_pages_that_return_from_the_host_bring_their_rows_for_whoever_shares_them(
+    dye: Dye, loop: Loop, asked: bool
+) -> None:
+    loop.offloads_to_host = True
+    loop.capture.watch("sharer")
+    if asked:
+        loop.capture.watch("a")
+    loop.step(([1, 2, 3, 4, 5], [1, 2], 0))
+    loop.capture.freed("a", [1, 2], 5, over=False)
+    loop.capture.freed("a", [], 5, over=False)  # 5.23 says it twice
+    loop.step(([30, 31, 32, 33], [1], 0))
+    loop.capture.restored("a", [8, 9, 10])
+    loop.step(([6], [8, 9], 5), ([7], [8, 11], 4))
+    assert_rows(dye, loop.finish("sharer", [8, 11], [1, 2, 3, 4, 7, 8]), [1, 2, 3, 4, 7, 8])
+    if asked:
+        assert_rows(dye, loop.finish("a", [8, 9], [1, 2, 3, 4, 5, 6, 7]), [1, 2, 3, 4, 5, 6, 7])
+    else:
+        loop.capture.freed("a", [8, 9], None, over=True)
+    assert not loop.capture._histories
+
+
+def test_what_an_aborted_request_had_not_computed_is_missing_whatever_lies_in_its_pages(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2, 3, 4], [1], 0))  # an earlier owner of the page, with the same tokens
+    loop.step(([1, 2], [1], 0))
+    rows = loop.finish("a", [1], [1, 2, 3, 4, 5], computed=2)
+    assert rows.valid_T.tolist() == [True, True, False, False]
+
+
+def test_a_request_that_never_ran_has_no_valid_row(loop: Loop) -> None:
+    loop.capture.watch("a")
+    assert not loop.finish("a", [], [1, 2, 3]).valid_T.any()
+    assert loop.capture.counts.missing_rows == 2
+
+
+def test_rows_say_which_weights_they_are_of(loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2], [1], 0))
+    loop.capture.set_version(3)
+    loop.step(([3], [1], 2))
+    assert loop.finish("a", [1], [1, 2, 3, 4]).versions_T.tolist() == [0, 0, 3]
+
+
+def test_a_request_that_did_not_ask_costs_nothing(loop: Loop) -> None:
+    loop.step(([1, 2, 3, 4], [1], 0))
+    loop.capture.replaced("a", 0, 1)
+    loop.capture.freed("a", [1], 4, over=False)
+    loop.capture.freed("a", [1], None, over=True)
+    assert not loop.capture._queued
+    assert not loop.capture._histories
+
+
+def test_rows_that_never_leave_are_an_error_not_a_hang(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "_PULL_TIMEOUT_S", 0.01)
+    loop.capture.watch("a")
+    with pytest.raises(CaptureError, match="never left"):
+        loop.capture.collect("a", [1, 2])
+
+
+def test_sliding_attention_only_is_refused_where_positions_would_be_forgotten(dye: Dye) -> None:
+    Loop(dye, window=64, max_model_len=64)
+    with pytest.raises(CaptureError, match="max_model_len <= 64"):
+        Loop(dye, window=64, max_model_len=65)

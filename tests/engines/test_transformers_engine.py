@@ -17,6 +17,7 @@ import moetrace
 from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureOffError, EngineError, NotMoeError, RequestError
+from moetrace.recorder import StepSlots
 from moetrace.routers import find_routers
 from moetrace.trace import RoutingTrace, WeightSpan
 
@@ -38,6 +39,20 @@ def prompts_of(dye: Dye, count: int, shared: int = 0, longest: int = 60, seed: i
     prefix = rng.integers(0, dye.vocab, shared).tolist()
     lengths = rng.integers(1, longest, count)
     return [(prefix if i % 2 else []) + rng.integers(0, dye.vocab, n).tolist() for i, n in enumerate(lengths)]
+
+
+def count_computed(engine: TransformersEngine) -> list[int]:
+    """A list that grows by every token the engine computes from now on (on a CPU, where steps have no padding)."""
+    capture, tokens = engine._capture, list[int]()
+    assert capture is not None
+    own = capture.after_forward
+
+    def count(step: StepSlots) -> None:
+        tokens.extend(step.tokens_N.tolist())
+        own(step)
+
+    capture.after_forward = count  # type: ignore[method-assign]
+    return tokens
 
 
 def assert_dyed(dye: Dye, result: GenerateResult) -> None:
@@ -85,13 +100,14 @@ def test_chunked_prefill_puts_every_chunk_at_its_own_positions(dye: Dye, make_en
 
 def test_reused_prefixes_bring_the_rows_of_whoever_computed_them(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model(), max_batch_tokens=64)
+    computed = count_computed(engine)
     prompts = prompts_of(dye, 10, shared=50)
     first = generate(engine, prompts)
     again = generate(engine, [result.prompt_tokens + result.output_tokens for result in first])
     for result in first + again:
         assert_dyed(dye, result)
     assert engine.capture_counts is not None
-    assert engine.capture_counts.reused_rows > 400
+    assert engine.capture_counts.rows - len(computed) > 400  # so many rows were returned but not computed again
 
 
 def test_a_fully_cached_prompt_still_has_all_its_rows(dye: Dye, make_engine) -> None:
@@ -126,9 +142,10 @@ def test_preempted_requests_return_every_row(dye: Dye, make_engine, caplog) -> N
 
 def test_prefix_sharing_can_be_turned_off(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model(), prefix_sharing=False)
+    computed = count_computed(engine)
     for result in generate(engine, prompts_of(dye, 8, shared=50)):
         assert_dyed(dye, result)
-    assert engine.capture_counts.reused_rows == 0
+    assert engine.capture_counts.rows == len(computed)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -220,6 +237,26 @@ def test_top_k_1_samples_the_most_likely_token_of_each_request_in_a_mixed_batch(
     assert len({tuple(future.result(60).output_tokens) for future in wild}) == 4
 
 
+def test_the_vocabulary_is_sorted_only_while_a_request_truncates(dye: Dye, make_engine, monkeypatch) -> None:
+    engine = make_engine(dye.model())
+    sorts, own = [], torch.sort
+
+    def sort(scores: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sorts.extend([1] * (scores.shape[-1] == dye.vocab))
+        return own(scores, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "sort", sort)
+    for sampling in (SamplingParams(5), SamplingParams(5, do_sample=True, temperature=0.7, n=2)):
+        engine.submit([1, 2], sampling).results(60)
+    assert not sorts
+    for sampling in (SamplingParams(5, do_sample=True, top_p=0.9), SamplingParams(5, do_sample=True, top_p=0.5, n=2)):
+        engine.submit([1, 2], sampling).results(60)
+    assert len(sorts) >= 10
+    seen = len(sorts)
+    engine.submit([1, 2], SamplingParams(5, do_sample=True)).result(60)
+    assert len(sorts) == seen
+
+
 def test_an_end_of_sequence_token_stops_a_request_and_ignore_eos_does_not(dye: Dye, make_engine) -> None:
     model = dye.model()
     model.generation_config.eos_token_id = 20
@@ -278,7 +315,7 @@ def test_a_request_that_does_not_ask_gets_no_trace(shared_engine) -> None:
 def test_nothing_is_kept_of_finished_requests(shared_engine) -> None:
     generate(shared_engine, [[1, 2, 3]] * 5)
     shared_engine.submit([1], SamplingParams(2)).result(60)
-    assert not shared_engine._capture._sequences
+    assert not shared_engine._capture._histories
     assert not shared_engine._pending
 
 
@@ -294,7 +331,8 @@ def test_closing_leaves_the_model_as_it_was(dye: Dye) -> None:
     engine.close()
     engine.close()
     assert "_generation_step" not in vars(processor)
-    assert "prepare_batch_tensors" not in vars(processor.inputs_and_outputs)
+    assert "_get_forward_fn" not in vars(processor.model_runner)
+    assert "free_blocks" not in vars(processor.cache)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == {
         name: set(attributes) for name, attributes in before.items()
     }

@@ -1,190 +1,198 @@
-"""Rows of a running sequence are written once and gaps stay gaps; rows of KV pages follow their keys and values."""
+"""Rows reach their tokens' slots exactly, padding never does, and pages travel with their rows."""
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import EDGE_EXPERTS, dyed_ids
+from traces import EDGE_EXPERTS
 
+from moetrace.errors import CaptureError
 from moetrace.layout import MoeLayout
-from moetrace.recorder.rows import PagedRows, SequenceRows
+from moetrace.recorder import NO_TOKEN, RowStore, Staging, StepSlots
+from moetrace.recorder.commit import commit_rows_twin
 
-LAYOUT = MoeLayout((1, 3), 300, 2)
-
-
-def rows_of(start: int, stop: int, seed: int = 0) -> np.ndarray:
-    return dyed_ids(stop, LAYOUT, seed)[start:].astype(LAYOUT.dtype)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+PAGE, PAGES = 4, 9
 
 
-def test_what_was_written_is_read() -> None:
-    rows = SequenceRows(LAYOUT)
-    rows.write(0, rows_of(0, 5))
-    rows.write(5, rows_of(5, 6))
-    experts_TLK, valid_T = rows.read(0, 6)
-    assert experts_TLK.tolist() == dyed_ids(6, LAYOUT).tolist()
-    assert experts_TLK.dtype == LAYOUT.dtype
-    assert valid_T.tolist() == [True] * 6
-    assert rows.read(2, 4)[0].tolist() == dyed_ids(4, LAYOUT)[2:].tolist()
+def filled(layout: MoeLayout, capacity: int, device: str, seed: int = 0) -> Staging:
+    """Staging with distinct random ids everywhere, the largest and the smallest id among them."""
+    staging = Staging(layout, capacity, torch.device(device))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(layout.num_layers, capacity, layout.num_experts, generator=generator)
+    ids_LNK = draws.argsort(-1)[..., : layout.top_k]
+    ids_LNK[0, 0, 0], ids_LNK[-1, -1, -1] = layout.num_experts - 1, 0
+    staging.ids_LNK.copy_(ids_LNK)
+    return staging
 
 
-def test_a_position_computed_again_keeps_its_first_row() -> None:
-    rows = SequenceRows(LAYOUT)
-    rows.write(2, rows_of(2, 4))
-    rows.write(0, rows_of(0, 6, seed=100))  # resumed after preemption: 2 and 3 come again
-    expected = dyed_ids(6, LAYOUT, 100)
-    expected[2:4] = dyed_ids(4, LAYOUT)[2:]
-    assert rows.read(0, 6)[0].tolist() == expected.tolist()
+def by_index(tokens: list[int], slots: list[int | None], stride: int, device: str) -> StepSlots:
+    """A step whose tokens go to slots (None: padding) of pages that are `stride` indices apart."""
+    index = [-1 if slot is None else slot // PAGE * stride + slot % PAGE for slot in slots]
+    return StepSlots(
+        torch.tensor(tokens, dtype=torch.int32, device=device),
+        stride,
+        write_index_N=torch.tensor(index, dtype=torch.int64, device=device),
+    )
 
 
-def test_gaps_stay_invalid_and_zero() -> None:
-    rows = SequenceRows(LAYOUT)
-    rows.write(1, rows_of(1, 2))
-    rows.write(4, rows_of(4, 5))
-    experts_TLK, valid_T = rows.read(0, 6)
-    assert valid_T.tolist() == [False, True, False, False, True, False]
-    assert not experts_TLK[~valid_T].any()
+def by_table(tokens: list[int], slots: list[int | None], stride: int, device: str) -> StepSlots:
+    """The same, one token a request; every request is three pages long and its token anywhere in them."""
+    table, positions = [], []
+    for number, slot in enumerate(slots):
+        row = [-1, -1, -1] if slot is None else [(7 * number + i) % PAGES * stride for i in range(3)]
+        page = number % 3
+        if slot is not None:
+            row[page] = slot // PAGE * stride
+        table.append(row)
+        positions.append(page * PAGE + (0 if slot is None else slot % PAGE))
+    return StepSlots(
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+        stride,
+        block_table_RB=torch.tensor(table, dtype=torch.int32, device=device),
+        positions_N=torch.tensor(positions, dtype=torch.int32, device=device),
+    )
 
 
-@pytest.mark.parametrize("capacity", [0, 1, 3, 64])
-def test_rows_outgrow_any_capacity(capacity: int) -> None:
-    rows = SequenceRows(LAYOUT, capacity)
-    for position in range(200):
-        rows.write(position, rows_of(position, position + 1))
-    experts_TLK, valid_T = rows.read(0, 201)
-    assert experts_TLK[:200].tolist() == dyed_ids(200, LAYOUT).tolist()
-    assert valid_T.tolist() == [True] * 200 + [False]
+class SlowStore:
+    """The twin: a dictionary from slot to (row, token, version), filled by plain loops."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, tuple[list[list[int]], int, int]] = {}
+
+    def commit(self, staging: Staging, tokens: list[int], slots: list[int | None], version: int) -> None:
+        ids_LNK = staging.ids_LNK.tolist()
+        for n, (token, slot) in enumerate(zip(tokens, slots, strict=True)):
+            if slot is not None:
+                self.slots[slot] = ([list(layer[n]) for layer in ids_LNK], token, version)
+
+    def assert_same(self, store: RowStore) -> None:
+        experts_SLK, marks_S2 = store.take(range(PAGES)).read(0, PAGES)
+        assert experts_SLK.dtype == store.layout.dtype
+        for slot in range(PAGES * PAGE):
+            if slot in self.slots:
+                row, *mark = self.slots[slot]
+                assert experts_SLK[slot].tolist() == row
+                assert marks_S2[slot].tolist() == mark
+            else:
+                assert marks_S2[slot].tolist() == [NO_TOKEN, NO_TOKEN]
 
 
-def test_what_was_read_is_a_copy() -> None:
-    rows = SequenceRows(LAYOUT)
-    rows.write(0, rows_of(0, 2))
-    experts_TLK, valid_T = rows.read(0, 2)
-    experts_TLK[:], valid_T[:] = 9, False
-    assert rows.read(0, 2)[0].tolist() == dyed_ids(2, LAYOUT).tolist()
-    assert rows.read(0, 2)[1].all()
-
-
-def test_reusing_the_buffer_that_was_written_changes_nothing() -> None:
-    rows, staging = SequenceRows(LAYOUT), rows_of(0, 2)
-    rows.write(0, staging)
-    staging[:] = 0
-    assert rows.read(0, 2)[0].tolist() == dyed_ids(2, LAYOUT).tolist()
-
-
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stride", [PAGE, 10])
+@pytest.mark.parametrize("place", [by_index, by_table])
 @pytest.mark.parametrize("num_experts", EDGE_EXPERTS)
-def test_the_highest_expert_is_kept(num_experts: int) -> None:
-    layout = MoeLayout((0,), num_experts, 1)
-    rows = SequenceRows(layout)
-    rows.write(0, np.array([[[num_experts - 1]]], layout.dtype))
-    assert rows.read(0, 1)[0].tolist() == [[[num_experts - 1]]]
+def test_rows_go_to_their_slots(device: str, stride: int, place, num_experts: int) -> None:
+    layout = MoeLayout((1, 2, 5), num_experts, min(4, num_experts))
+    store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
+    rng = np.random.default_rng(num_experts)
+    for version in range(3):
+        store.set_version(version)
+        count = int(rng.integers(1, 13))
+        slots: list[int | None] = [int(slot) for slot in rng.permutation(PAGES * PAGE)[:count]]
+        slots[int(rng.integers(count))] = None
+        tokens = rng.integers(0, 1 << 20, count).tolist()
+        staging = filled(layout, 12, device, seed=version)
+        store.commit(staging, place(tokens, slots, stride, device))
+        slow.commit(staging, tokens, slots, version)
+    slow.assert_same(store)
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=12), st.integers(0, 8))
-@settings(max_examples=80, deadline=None)
-def test_any_order_of_writes_equals_a_dictionary_of_first_writes(writes: list[tuple[int, int]], capacity: int) -> None:
-    rows, first = SequenceRows(LAYOUT, capacity), dict[int, list]()
-    for seed, (start, count) in enumerate(writes):
-        written = rows_of(start, start + count, 10 * seed)
-        rows.write(start, written)
-        for offset, row in enumerate(written.tolist()):
-            first.setdefault(start + offset, row)
-    experts_TLK, valid_T = rows.read(0, 50)
-    nothing = [[0] * LAYOUT.top_k] * LAYOUT.num_layers
-    assert valid_T.tolist() == [position in first for position in range(50)]
-    assert experts_TLK.tolist() == [first.get(position, nothing) for position in range(50)]
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.lists(st.one_of(st.none(), st.integers(0, PAGES * PAGE - 1)), min_size=1, max_size=8).filter(
+            lambda slots: len({*slots} - {None}) == len(slots) - slots.count(None)
+        ),
+        max_size=5,
+    ),
+    index=st.booleans(),
+)
+def test_any_schedule_of_steps(steps: list[list[int | None]], index: bool) -> None:
+    layout = MoeLayout((0, 3), 300, 2)
+    store, slow = RowStore(layout, PAGES, PAGE, torch.device("cpu")), SlowStore()
+    for version, slots in enumerate(steps):
+        store.set_version(version)
+        staging, tokens = filled(layout, 8, "cpu", version), [100 * version + n for n in range(len(slots))]
+        store.commit(staging, (by_index if index else by_table)(tokens, slots, PAGE, "cpu"))
+        slow.commit(staging, tokens, slots, version)
+    slow.assert_same(store)
 
 
-# --- pages ---
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "top_k"),
+    [(48, 128, 8), (58, 256, 8), (61, 384, 8), (24, 32, 4), (3, 8, 1), (94, 512, 22)],
+)
+def test_the_kernel_equals_its_twin_bit_for_bit(num_layers: int, num_experts: int, top_k: int) -> None:
+    layout = MoeLayout(tuple(range(num_layers)), num_experts, top_k)
+    staging = filled(layout, 640, "cuda")
+    for place in (by_index, by_table):
+        stores = [RowStore(layout, 300, PAGE, torch.device("cuda")) for _ in range(2)]
+        for tokens in (1, 7, 640):
+            slots: list[int | None] = np.random.default_rng(tokens).permutation(300 * PAGE)[:tokens].tolist()
+            slots[0] = None
+            step = place(list(range(tokens)), slots, PAGE, "cuda")
+            stores[0].commit(staging, step)
+            commit_rows_twin(staging.ids_LNK, step, stores[1])
+            assert torch.equal(stores[0].rows_SR, stores[1].rows_SR)
+            assert torch.equal(stores[0].marks_S2, stores[1].marks_S2)
 
 
-def rows_of_pages(store: PagedRows, pages: list[int], tokens: list[int]) -> tuple[int, list, list[bool]]:
-    """What a new sequence in these pages gets: how many rows, `experts_TLK`, `valid_T`."""
-    rows = SequenceRows(LAYOUT)
-    copied = store.copy_to(rows, pages, tokens)
-    experts_TLK, valid_T = rows.read(0, len(tokens))
-    return copied, experts_TLK.tolist(), valid_T.tolist()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_slot_beyond_the_store_is_not_written(device: str) -> None:
+    store = RowStore(MoeLayout((0,), 8, 2), PAGES, PAGE, torch.device(device))
+    store.commit(filled(store.layout, 4, device), by_index([1, 2], [PAGES * PAGE, PAGES * PAGE + 100], PAGE, device))
+    SlowStore().assert_same(store)
 
 
-def test_a_sequence_that_shares_a_prefix_gets_the_rows_of_its_pages() -> None:
-    store = PagedRows(LAYOUT, page_size=4)
-    store.write([7, 2, 5], 0, list(range(10)), rows_of(0, 10))
-    expected = dyed_ids(10, LAYOUT).tolist()
-    assert rows_of_pages(store, [7, 2], list(range(8))) == (8, expected[:8], [True] * 8)
-    assert rows_of_pages(store, [7, 2, 5], list(range(10))) == (10, expected, [True] * 10)
+@pytest.mark.parametrize("device", DEVICES)
+def test_pages_are_copied_and_put_back_with_rows_and_marks(device: str) -> None:
+    layout = MoeLayout((0, 1), 300, 2)
+    store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
+    slots: list[int | None] = list(range(2 * PAGE))
+    staging = filled(layout, 8, device)
+    store.commit(staging, by_index(list(range(8)), slots, PAGE, device))
+    slow.commit(staging, list(range(8)), slots, 0)
+    taken = store.take([0, 1])
+    store.copy([1, 0], [5, 7])
+    store.put_back([3], taken, first=1)
+    for source, target in ((1, 5), (0, 7), (1, 3)):
+        for offset in range(PAGE):
+            slow.slots[target * PAGE + offset] = slow.slots[source * PAGE + offset]
+    slow.assert_same(store)
 
 
-def test_chunks_of_a_prefill_lie_in_their_pages() -> None:
-    whole, chunked = PagedRows(LAYOUT, 4), PagedRows(LAYOUT, 4)
-    whole.write([3, 1, 0], 0, list(range(11)), rows_of(0, 11))
-    for start, stop in ((0, 3), (3, 9), (9, 10), (10, 11)):
-        chunked.write([3, 1, 0], start, list(range(start, stop)), rows_of(start, stop))
-    for store in (whole, chunked):
-        assert rows_of_pages(store, [3, 1, 0], list(range(11)))[1] == dyed_ids(11, LAYOUT).tolist()
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_taken_does_not_change_when_the_slots_are_written_again(device: str) -> None:
+    layout = MoeLayout((0, 1), 300, 2)
+    store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
+    slots: list[int | None] = list(range(PAGES * PAGE))
+    first = filled(layout, PAGES * PAGE, device)
+    store.commit(first, by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
+    slow.commit(first, slots, slots, 0)  # type: ignore[arg-type]
+    pulled = store.take(range(PAGES))
+    store.commit(filled(layout, PAGES * PAGE, device, seed=1), by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
+    experts_SLK, marks_S2 = pulled.read(2, 3)
+    for row, slot in enumerate(range(2 * PAGE, 5 * PAGE)):
+        assert experts_SLK[row].tolist() == slow.slots[slot][0]
+        assert marks_S2[row].tolist() == [slot, 0]
 
 
-def test_a_page_holds_the_rows_of_its_last_owner() -> None:
-    store = PagedRows(LAYOUT, 2)
-    store.write([0], 0, [5, 6], rows_of(0, 2))
-    store.write([0], 0, [5, 6], rows_of(0, 2, seed=50))
-    assert rows_of_pages(store, [0], [5, 6])[1] == dyed_ids(2, LAYOUT, 50).tolist()
+def test_rows_take_their_information_size() -> None:
+    store = RowStore(MoeLayout(tuple(range(48)), 128, 8), 10, 256, torch.device("cpu"))
+    assert store.nbytes == 2560 * (48 * 8 * 1 + 8)
+    wide = RowStore(MoeLayout(tuple(range(61)), 384, 8), 10, 256, torch.device("cpu"))
+    assert wide.nbytes == 2560 * (61 * 8 * 2 + 8)
 
 
-def test_a_row_computed_for_another_token_is_not_there() -> None:
-    store = PagedRows(LAYOUT, 2)
-    store.write([0, 1], 0, [5, 6, 7, 8], rows_of(0, 4))
-    copied, _, valid = rows_of_pages(store, [0, 1], [5, 6, 7, 9])
-    assert valid[:2] == [True, True]
-    assert not valid[3]
-    assert copied == sum(valid)
-    assert rows_of_pages(store, [4], [5, 6])[0] == 0  # a page that was never written
-    assert rows_of_pages(store, [0], [])[0] == 0
-
-
-def test_rows_from_pages_do_not_replace_those_a_sequence_has() -> None:
-    store, rows = PagedRows(LAYOUT, 2), SequenceRows(LAYOUT)
-    rows.write(0, rows_of(0, 1, seed=50))
-    store.write([0], 0, [5, 6], rows_of(0, 2))
-    store.copy_to(rows, [0], [5, 6])
-    assert rows.read(0, 1)[0].tolist() == dyed_ids(1, LAYOUT, 50).tolist()
-
-
-@st.composite
-def page_writes(draw: st.DrawFn) -> list[tuple[list[int], int, list[int]]]:
-    """Pages, first position and tokens of some writes; pages are shared and reused freely."""
-    writes = []
-    for _ in range(draw(st.integers(0, 6))):
-        pages = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
-        start = draw(st.integers(0, 3 * len(pages) - 1))
-        tokens = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3 * len(pages) - start))
-        writes.append((pages, start, tokens))
-    return writes
-
-
-@given(page_writes(), st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True), st.data())
-@settings(max_examples=80, deadline=None)
-def test_pages_equal_a_dictionary_of_last_writes(
-    writes: list[tuple[list[int], int, list[int]]], pages: list[int], data: st.DataObject
-) -> None:
-    store, last = PagedRows(LAYOUT, page_size=3), dict[tuple[int, int], tuple[int, list]]()
-    for seed, (written_pages, start, tokens) in enumerate(writes):
-        written = rows_of(start, start + len(tokens), 20 * seed)
-        store.write(written_pages, start, tokens, written)
-        for n, token in enumerate(tokens):
-            last[written_pages[(start + n) // 3], (start + n) % 3] = token, written[n].tolist()
-    kept = [last.get((pages[position // 3], position % 3)) for position in range(3 * len(pages))]
-    tokens = [0 if slot is None else slot[0] for slot in kept]
-    if data.draw(st.booleans()):
-        tokens[data.draw(st.integers(0, len(tokens) - 1))] += 1
-    here = [slot is not None and slot[0] == token for slot, token in zip(kept, tokens, strict=True)]
-    copied, experts, valid = rows_of_pages(store, pages, tokens)
-    assert copied == sum(valid)
-    for position, slot in enumerate(kept):
-        if valid[position]:
-            assert here[position]
-            assert slot is not None
-            assert experts[position] == slot[1]
-        page = 3 * (position // 3)
-        if all(here[page : page + 3]):
-            assert valid[position]
+def test_committing_more_tokens_than_staging_holds_is_refused_not_cut_short() -> None:
+    store = RowStore(MoeLayout((0, 1), 300, 2), PAGES, PAGE, torch.device("cpu"))
+    with pytest.raises(CaptureError, match="expected <= 6, got 7"):
+        store.commit(filled(store.layout, 6, "cpu"), by_index([0] * 7, [*range(7)], PAGE, "cpu"))
+    assert not any(chain.from_iterable(store.rows_SR.tolist()))

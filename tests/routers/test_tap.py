@@ -32,7 +32,7 @@ from torch import nn
 
 from moetrace import record, replay
 from moetrace.errors import UnsupportedRouterError
-from moetrace.routers import Selection, fingerprint_of, tap_model
+from moetrace.routers import RoutingSession, Selection, fingerprint_of, tap_model
 
 
 def replaying(model: Any, routes: np.ndarray, tokens: torch.Tensor) -> AbstractContextManager[Any]:
@@ -188,10 +188,8 @@ def test_router_logits_stay_live_under_record_and_replay(name: str) -> None:
     assert not torch.equal(plain.router_logits[-1], replayed.router_logits[-1])
 
 
-class SelectionSpy:
+class SelectionSpy(RoutingSession):
     """A session that looks and changes nothing."""
-
-    supplies_routes = False
 
     def __init__(self) -> None:
         self.seen: list[Selection] = []

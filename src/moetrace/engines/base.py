@@ -5,16 +5,16 @@ P prompt tokens and O generated tokens give a trace of P + O - 1 rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from moetrace.errors import CaptureOffError, RequestError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class SamplingParams:
         top_p: draw only from the smallest set of tokens with at least this probability, in (0, 1].
         top_k: draw only from this many most likely tokens; -1 means all.
         ignore_eos: go on after an end-of-sequence token.
+        n: how many sequences to generate from the prompt; the prompt is computed once.
+        stop_token_ids: tokens that end a sequence, as end-of-sequence tokens do.
+        stop: texts that end a sequence; the token that completes one is its last.
 
     Raises:
         RequestError: a value is out of range.
@@ -39,6 +42,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = -1
     ignore_eos: bool = False
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, right, meaning in (
@@ -46,6 +52,8 @@ class SamplingParams:
             ("temperature", 0 < self.temperature < float("inf"), "a number > 0 (for greedy: do_sample=false)"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or >= 1"),
+            ("n", self.n >= 1, "an integer >= 1"),
+            ("stop", all(self.stop), "texts that are not empty"),
         ):
             if not right:
                 raise RequestError(f"{name} is out of range", expected=meaning, got=getattr(self, name))
@@ -59,7 +67,8 @@ class GenerateResult:
         prompt_tokens, output_tokens: token ids.
         logprobs: for each output token the natural logarithm of its probability under softmax(logits / temperature),
             before top-k and top-p (temperature 1 when greedy).
-        finish_reason: "stop" after an end-of-sequence token, else "length".
+        finish_reason: "stop" after an end-of-sequence token, a stop token or a stop text; "abort" when the request was
+            aborted, with what there was; else "length".
         trace: the routes, P + O - 1 rows, or None when they were not asked for.
     """
 
@@ -68,6 +77,22 @@ class GenerateResult:
     logprobs: list[float]
     finish_reason: FinishReason
     trace: RoutingTrace | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request under way: its id, and a future for each of its `n` sequences."""
+
+    request_id: str
+    futures: tuple[Future[GenerateResult], ...]
+
+    def result(self, timeout: float | None = None) -> GenerateResult:
+        """Wait for the (first) sequence; seconds, or for ever."""
+        return self.futures[0].result(timeout)
+
+    def results(self, timeout: float | None = None) -> list[GenerateResult]:
+        """Wait for all sequences; seconds for each, or for ever."""
+        return [future.result(timeout) for future in self.futures]
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,18 @@ class EngineConfig:
     max_running_requests: int | None = field(
         default=None, metadata={"help": "most requests of one step; default: 64 on CPU, 1024 on CUDA"}
     )
+    cpu_offload_gib: float = field(
+        default=0.0,
+        metadata={"help": "host memory for the KV cache of preempted requests, GPU only; default: they are recomputed"},
+    )
     prefix_sharing: bool = field(default=True, metadata={"help": "reuse the KV pages of equal prompt prefixes"})
+    compile_level: int = field(
+        default=0, metadata={"help": "0: none; 1 to 3: torch.compile, as transformers' default_compile_level"}
+    )
+    parallel: str = field(
+        default="none",
+        metadata={"help": "none, tp or ep: transformers' tensor- or expert-parallel plan over torchrun's processes"},
+    )
     weight_version: str = field(default="0", metadata={"help": "name of the weights, recorded with every row"})
     seed: int | None = field(default=None, metadata={"help": "seed of the sampler; default: random"})
 
@@ -123,12 +159,39 @@ class Engine(Protocol):
 
     def submit(
         self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
-    ) -> Future[GenerateResult]:
+    ) -> Generation:
         """Queue one request.
 
         Raises:
             RequestError: the request cannot be served as asked; said at once, nothing was queued.
             EngineError: the engine has stopped.
+        """
+        ...
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End one request (all of them: None) as soon as the step under way is done.
+
+        Its futures get what there is: the tokens so far and their rows. An unknown or finished request is left alone.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Launch no step until `resume`. Requests stay where they are, new ones wait, and `abort` works."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        ...
+
+    def update_weights(self, weights: str | Mapping[str, Any], version: str) -> None:
+        """Replace the model's weights between two steps, all or none; running requests go on with the new ones.
+
+        Args:
+            weights: a checkpoint folder of the same model, or tensors by the names of the model's state dict.
+            version: name of the weights; every row says which it was computed by.
+
+        Raises:
+            EngineError: names, shapes or dtypes are not the model's; the old weights stay.
         """
         ...
 

@@ -1,7 +1,8 @@
-"""Keep the routes a model chose: of plain forwards (`record`), or of an engine's steps (`Staging`, `SequenceRows`)."""
+"""Keep the routes a model chose: of plain forwards (`record`), or of an engine's steps (`Staging`, `RowStore`)."""
 
+from moetrace.recorder.commit import StepSlots
 from moetrace.recorder.plain import Recording, record
-from moetrace.recorder.rows import PagedRows, SequenceRows
-from moetrace.recorder.staging import Staging, commit_rows
+from moetrace.recorder.rows import NO_TOKEN, PulledPages, RowStore
+from moetrace.recorder.staging import Staging
 
-__all__ = ["PagedRows", "Recording", "SequenceRows", "Staging", "commit_rows", "record"]
+__all__ = ["NO_TOKEN", "PulledPages", "Recording", "RowStore", "Staging", "StepSlots", "record"]

@@ -14,17 +14,15 @@ from torch import nn
 
 from moetrace.batch import segments_of, to_numpy
 from moetrace.errors import RouterError
-from moetrace.routers import ModelTap, Selection, tap_model
+from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import Order, RoutingTrace
 
 
-class Recording:
+class Recording(RoutingSession):
     """The routes of the last forward that ran while this was active, on this thread, in this model.
 
     What is kept is what the experts received: under a replay, the replayed ids.
     """
-
-    supplies_routes = False
 
     def __init__(self, tap: ModelTap) -> None:
         self._tap = tap

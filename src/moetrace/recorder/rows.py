@@ -1,86 +1,110 @@
-"""Rows while an engine is still producing them: of a sequence (first write wins), of KV pages (last write wins).
+"""`RowStore`: the rows behind the keys and values that an engine's KV cache holds now.
 
-Axes: T rows, L MoE layers, K experts per token.
+Axes: S slots (one for each token the cache can hold), G pages, N tokens of a step, L MoE layers, K experts per token.
+A slot is a page times its size plus an offset; a sequence's position p lies in page `table[p // page_size]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from moetrace.layout import MoeLayout
+from moetrace.recorder.commit import StepSlots, commit_rows
+from moetrace.recorder.staging import Staging
+
+NO_TOKEN = -1
 
 
-class SequenceRows:
-    """A growing, write-once store of one sequence's rows.
+class RowStore:
+    """Rows `[S, L * K]` on the engine's device, each with the token it was computed for and its weights' version.
 
-    The row that produced a sampled token's log-probability is the row that counts: when an engine computes a position
-    again (resuming after preemption), the first row stays.
+    A row goes where its key and value go, in the step that computes them. So whoever is given a page, by a shared
+    prefix or a fork, finds the rows that the page was computed with. Nothing here waits for the device.
     """
 
-    def __init__(self, layout: MoeLayout, capacity: int = 64) -> None:
-        self._experts_TLK = np.zeros((capacity, layout.num_layers, layout.top_k), layout.dtype)
-        self._valid_T = np.zeros(capacity, bool)
+    def __init__(self, layout: MoeLayout, num_pages: int, page_size: int, device: torch.device) -> None:
+        self.layout, self.page_size = layout, page_size
+        row = layout.num_layers * layout.top_k
+        dtype = torch.uint8 if layout.dtype == np.uint8 else torch.int16  # the bits are those of uint16
+        self.rows_SR = torch.zeros(num_pages * page_size, row, dtype=dtype, device=device)
+        self.marks_S2 = torch.full((num_pages * page_size, 2), NO_TOKEN, dtype=torch.int32, device=device)
+        self.version_1 = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def write(self, start: int, rows_TLK: np.ndarray) -> None:
-        """Keep rows for the positions from `start` on, except where a row is already kept."""
-        stop = start + len(rows_TLK)
-        self._reserve(stop)
-        new_T = ~self._valid_T[start:stop]
-        self._experts_TLK[start:stop][new_T] = rows_TLK[new_T]
-        self._valid_T[start:stop] = True
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.rows_SR.nbytes + self.marks_S2.nbytes
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Copies of `experts_TLK` and `valid_T` for a range of positions; what has no row is zero and not valid."""
-        self._reserve(stop)
-        return self._experts_TLK[start:stop].copy(), self._valid_T[start:stop].copy()
+    def commit(self, staging: Staging, step: StepSlots) -> None:
+        """Put the rows of a step's tokens into their slots: one kernel on the current stream, no padding token."""
+        staging.require_room(len(step.tokens_N))
+        commit_rows(staging.ids_LNK, step, self)
 
-    def _reserve(self, stop: int) -> None:
-        if stop > len(self._valid_T):
-            extra = max(stop, 2 * len(self._valid_T)) - len(self._valid_T)
-            self._experts_TLK = np.pad(self._experts_TLK, ((0, extra), (0, 0), (0, 0)))
-            self._valid_T = np.pad(self._valid_T, (0, extra))
+    def set_version(self, version: int) -> None:
+        """Number the weights that rows are computed with from now on (in the order of the current stream)."""
+        self.version_1.fill_(version)
+
+    def take(self, pages: Sequence[int]) -> PulledPages:
+        """Start to bring pages to the host, as they are now in the order of the current stream."""
+        index_G = _index(pages, self.rows_SR.device)
+        return PulledPages(
+            self.layout, self._by_page(self.rows_SR).index_select(0, index_G), self._marks().index_select(0, index_G)
+        )
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages, as the engine does when a request is forked."""
+        source_G, target_G = (_index(pages, self.rows_SR.device) for pages in (sources, targets))
+        for data in (self._by_page(self.rows_SR), self._marks()):
+            data.index_copy_(0, target_G, data.index_select(0, source_G))
+
+    def put_back(self, pages: Sequence[int], pulled: PulledPages, first: int) -> None:
+        """Put pages `first`, `first + 1`, ... of what was taken into other pages, as the engine does with keys that it
+        had moved to the host."""
+        target_G, part = _index(pages, self.rows_SR.device), slice(first, first + len(pages))
+        for data, source in ((self._by_page(self.rows_SR), pulled.rows), (self._marks(), pulled.marks)):
+            data.index_copy_(0, target_G, source[part].to(data.device, non_blocking=True))
+
+    def _by_page(self, rows_SR: torch.Tensor) -> torch.Tensor:
+        return rows_SR.view(-1, self.page_size * rows_SR.shape[1])
+
+    def _marks(self) -> torch.Tensor:
+        return self._by_page(self.marks_S2)
 
 
-class PagedRows:
-    """The rows behind the keys and values that KV pages hold now.
+class PulledPages:
+    """Pages on their way to the host. Whoever needs them first brings them over, on its own thread and stream."""
 
-    A row goes where its key and value go, each time they are computed. When an engine gives a page to another sequence,
-    these are the rows that sequence's prefix was routed by. Every row keeps its token: one that was computed for
-    another token than expected is not there.
-    """
+    def __init__(self, layout: MoeLayout, rows: torch.Tensor, marks: torch.Tensor) -> None:
+        self._layout, self.rows, self.marks = layout, rows, marks
+        self._lock = threading.Lock()
+        self._computed = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
 
-    def __init__(self, layout: MoeLayout, page_size: int) -> None:
-        self._layout, self.page_size = layout, page_size
-        self._experts: dict[int, np.ndarray] = {}
-        self._tokens: dict[int, np.ndarray] = {}
+    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows `[count * page_size, L, K]` of some pages and their marks `[count * page_size, 2]` (token, version);
+        waits for the device."""
+        with self._lock:
+            if self._computed is not None:
+                self._arrive()
+        rows = self.rows[first : first + count].numpy().view(self._layout.dtype)
+        marks = self.marks[first : first + count].numpy()
+        return rows.reshape(-1, self._layout.num_layers, self._layout.top_k), marks.reshape(-1, 2)
 
-    def write(self, pages: Sequence[int], start: int, tokens: Sequence[int], rows_TLK: np.ndarray) -> None:
-        """Set the rows of the positions from `start` on, in a sequence that lies in `pages`."""
-        for page, here, offset, count in self._parts(pages, start, len(rows_TLK)):
-            if page not in self._experts:
-                shape = (self.page_size, self._layout.num_layers, self._layout.top_k)
-                self._experts[page] = np.zeros(shape, self._layout.dtype)
-                self._tokens[page] = np.full(self.page_size, -1, np.int64)
-            self._experts[page][offset : offset + count] = rows_TLK[here : here + count]
-            self._tokens[page][offset : offset + count] = tokens[here : here + count]
+    def _arrive(self) -> None:
+        copying = torch.cuda.Stream(self.rows.device)
+        copying.wait_event(self._computed)  # type: ignore[arg-type]
+        with torch.cuda.stream(copying):
+            arrived = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (self.rows, self.marks)]
+            for host, device in zip(arrived, (self.rows, self.marks), strict=True):
+                host.copy_(device, non_blocking=True)
+        copying.synchronize()
+        (self.rows, self.marks), self._computed = arrived, None
 
-    def copy_to(self, rows: SequenceRows, pages: Sequence[int], tokens: Sequence[int]) -> int:
-        """Give a sequence the rows of its first `len(tokens)` positions, as far as they are here; returns how many."""
-        copied = 0
-        for page, here, offset, count in self._parts(pages, 0, len(tokens)):
-            kept = self._tokens.get(page)
-            if kept is not None and (kept[offset : offset + count] == tokens[here : here + count]).all():
-                rows.write(here, self._experts[page][offset : offset + count])
-                copied += count
-        return copied
 
-    def _parts(self, pages: Sequence[int], start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """(physical page, index of its first row here, offset in the page, rows) of a run of positions."""
-        done = 0
-        while done < count and (start + done) // self.page_size < len(pages):
-            number, offset = divmod(start + done, self.page_size)
-            size = min(count - done, self.page_size - offset)
-            yield pages[number], done, offset, size
-            done += size
+def _index(pages: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Page numbers on the device, without waiting for it."""
+    index_G = torch.tensor(pages, dtype=torch.int64)
+    return index_G.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index_G

@@ -19,6 +19,8 @@ SHIFT_MARGIN = 0.05
 """Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
 SHIFT_MIN_ROWS = 32
 """Fewer neighbouring rows than this prove nothing."""
+_MAX_PAIRS = 1 << 26
+"""Pairs of expert ids compared at once: what bounds the memory of counting."""
 
 _HITS, _SAME, _PAIRS, _GIVEN_LATER, _EARLIER, _GIVEN_EARLIER, _LATER = range(7)
 
@@ -59,48 +61,53 @@ class ReplayStats:
 
 
 class OverlapMonitor:
-    """Counts, for one batch, how live choices and replayed rows agree."""
+    """Counts, for one batch, how live choices and replayed rows agree.
+
+    A layer costs one small copy while the forward runs; the counting waits until the forward is over, and is done for
+    all layers at once.
+    """
 
     def __init__(self, routes: AlignedRoutes) -> None:
         self._routes = routes
         self._forwards = 0
+        self._live: dict[int, torch.Tensor] = {}
         self._counts: dict[int, torch.Tensor] = {}
-        self._differs: dict[int, torch.Tensor] = {}
-        self._masks: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._differs_N: torch.Tensor | None = None
+        self._on_device: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def forwards(self) -> int:
         """Forward passes seen so far; known without waiting."""
         return self._forwards
 
-    def observe(self, layer: int, live_NK: torch.Tensor, given_NK: torch.Tensor) -> None:
-        """Count one layer of one forward. No host synchronisation."""
+    def observe(self, layer: int, live_NK: torch.Tensor) -> None:
+        """Keep one layer's live choice of one forward. No host synchronisation."""
         if layer == 0:
+            self._count()
             self._forwards += 1
-        replayed_N, follows_N = self._device_masks(live_NK.device)
-        hits_N = _shared(live_NK, given_NK)
-        same_N = hits_N == given_NK.shape[1]
-        pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence
-        counts = torch.stack(
-            [
-                (hits_N * replayed_N).sum(),
-                (same_N & replayed_N).sum(),
-                pair.sum(),
-                (hits_N[1:] * pair).sum(),
-                (_shared(live_NK[1:], given_NK[:-1]) * pair).sum(),
-                (hits_N[:-1] * pair).sum(),
-                (_shared(live_NK[:-1], given_NK[1:]) * pair).sum(),
-            ]
-        )
-        differs_N = ~same_N & replayed_N
-        if layer in self._counts:
-            self._counts[layer] += counts
-            self._differs[layer] |= differs_N
-        else:
-            self._counts[layer], self._differs[layer] = counts, differs_N
+        self._live[layer] = live_NK.to(torch.int16)
+
+    def _count(self) -> None:
+        """Count the layers of the forward that has just ended, on the device of its first layer."""
+        if not self._live:
+            return
+        layers = sorted(self._live)
+        given_LNK, replayed_N, follows_N = self._routes_on(self._live[layers[0]].device)
+        differs_N = torch.zeros_like(replayed_N)
+        at_once = max(1, _MAX_PAIRS // max(given_LNK[0].numel() * given_LNK.shape[2], 1))
+        for first in range(0, len(layers), at_once):
+            some = layers[first : first + at_once]
+            live_LNK = torch.stack([self._live[layer].to(given_LNK.device) for layer in some])
+            counts_L7, differ_N = _compare(live_LNK, given_LNK[some], replayed_N, follows_N)
+            differs_N |= differ_N
+            for layer, counts in zip(some, counts_L7, strict=True):
+                self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
+        self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
+        self._live = {}
 
     def stats(self) -> ReplayStats:
         """Everything counted so far. Waits for the device."""
+        self._count()
         routes, top_k = self._routes, self._routes.layout.top_k
         replayed = routes.count(TokenMode.REPLAY)
         counts = torch.stack([self._counts[layer].cpu() for layer in sorted(self._counts)] or [torch.zeros(7)])
@@ -112,9 +119,7 @@ class OverlapMonitor:
             "later": (total[_LATER] - total[_GIVEN_EARLIER]) / pairs,
         }
         best = max(gains, key=lambda shift: gains[shift])
-        differs = torch.zeros(routes.num_tokens, dtype=torch.bool)
-        for differs_N in self._differs.values():
-            differs |= differs_N.cpu()
+        differs = 0 if self._differs_N is None else int(self._differs_N.sum())
         return ReplayStats(
             forwards=self._forwards,
             replayed_tokens=replayed,
@@ -122,7 +127,7 @@ class OverlapMonitor:
             padding_tokens=routes.count(TokenMode.PADDING),
             overlap=_share(total[_HITS], seen * top_k),
             router_mismatch=_share(seen - total[_SAME], seen),
-            token_mismatch=_share(int(differs.sum()), replayed if seen else 0),
+            token_mismatch=_share(differs, replayed if seen else 0),
             overlap_per_layer=tuple(
                 _share(hits, self._forwards * replayed * top_k) for hits in counts[:, _HITS].tolist()
             ),
@@ -131,12 +136,41 @@ class OverlapMonitor:
             best_shift=best,
         )
 
-    def _device_masks(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if device not in self._masks:
-            replayed_N = torch.from_numpy(self._routes.mode_N == TokenMode.REPLAY)
-            follows_N = torch.from_numpy(self._routes.follows_N)
-            self._masks[device] = (replayed_N.to(device, non_blocking=True), follows_N.to(device, non_blocking=True))
-        return self._masks[device]
+    def _routes_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._on_device is None:
+            routes = self._routes
+            arrays = (routes.experts_LNK.astype("int16"), routes.mode_N == TokenMode.REPLAY, routes.follows_N)
+            given_LNK, replayed_N, follows_N = (torch.from_numpy(array) for array in arrays)
+            if device.type == "cuda":
+                given_LNK, replayed_N, follows_N = (t.pin_memory() for t in (given_LNK, replayed_N, follows_N))
+            self._on_device = (
+                given_LNK.to(device, non_blocking=True),
+                replayed_N.to(device, non_blocking=True),
+                follows_N.to(device, non_blocking=True),
+            )
+        return self._on_device
+
+
+def _compare(
+    live_LNK: torch.Tensor, given_LNK: torch.Tensor, replayed_N: torch.Tensor, follows_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[L, 7]` counts, and `[N]` bool: tokens that differ in any of these layers."""
+    hits_LN = _shared(live_LNK, given_LNK)
+    same_LN = hits_LN == given_LNK.shape[2]
+    pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence
+    counts_L7 = torch.stack(
+        [
+            (hits_LN * replayed_N).sum(1),
+            (same_LN & replayed_N).sum(1),
+            pair.sum().expand(len(hits_LN)),
+            (hits_LN[:, 1:] * pair).sum(1),
+            (_shared(live_LNK[:, 1:], given_LNK[:, :-1]) * pair).sum(1),
+            (hits_LN[:, :-1] * pair).sum(1),
+            (_shared(live_LNK[:, :-1], given_LNK[:, 1:]) * pair).sum(1),
+        ],
+        1,
+    )
+    return counts_L7, (~same_LN & replayed_N).any(0)
 
 
 def _share(count: float, of: int) -> float:
@@ -144,6 +178,6 @@ def _share(count: float, of: int) -> float:
     return count / of if of else float("nan")
 
 
-def _shared(a_NK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
-    """`[N]` how many ids two routes share."""
-    return (a_NK[:, :, None] == b_NK[:, None, :]).any(-1).sum(-1)
+def _shared(a_LNK: torch.Tensor, b_LNK: torch.Tensor) -> torch.Tensor:
+    """`[L, N]` how many ids two routes share."""
+    return (a_LNK[..., :, None] == b_LNK[..., None, :]).any(-1).sum(-1)

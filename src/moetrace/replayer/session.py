@@ -16,14 +16,14 @@ from torch import nn
 from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
 from moetrace.replayer.align import AlignedRoutes, Missing, TokenMode, align
 from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
-from moetrace.routers import ModelTap, Selection, tap_model
+from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
 OnShift = Literal["error", "warn", "ignore"]
 
 
-class ReplaySession:
+class ReplaySession(RoutingSession):
     """One batch's routes, supplied to every forward and recomputation that belongs to it.
 
     A session is bound to its forwards, not to a place in a queue: with several microbatches in flight, each backward
@@ -50,7 +50,7 @@ class ReplaySession:
         experts_LNK, replayed_N1 = self._on(selection.live_NK.device)
         given_NK = experts_LNK[selection.site.index].long()
         if not selection.recompute:
-            self._monitor.observe(selection.site.index, selection.live_NK, given_NK)
+            self._monitor.observe(selection.site.index, selection.live_NK)
         if self._live_somewhere:
             given_NK = torch.where(replayed_N1, given_NK, selection.live_NK)
         selection.indices_NK = given_NK

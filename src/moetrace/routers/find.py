@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,12 +136,13 @@ def config_layout(config: Any) -> MoeLayout:
         return layout_of(AutoModelForCausalLM.from_config(config))
 
 
-def fingerprint_of(model: nn.Module) -> str:
+def fingerprint_of(model: nn.Module, sites: Sequence[RouterSite] | None = None) -> str:
     """SHA-256 (hex) of what makes routes of one model meaningless in another: its routers, depth and vocabulary.
 
-    Weights do not count (training changes them), nor do dtype, device or wrappers such as LoRA.
+    Weights do not count (training changes them), nor do dtype, device or wrappers such as LoRA. `sites` spares finding
+    the routers again.
     """
-    sites = find_routers(model)
+    sites = find_routers(model) if sites is None else sites
     config = _text_config(model)
     facts = {
         "routers": [[site.layer, site.num_experts, site.top_k] for site in sites],

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,15 +53,25 @@ class Selection:
     recompute: bool
 
 
-class RoutingSession(Protocol):
+class RoutingSession:
     """Something that takes part in every expert selection while it is active on a thread."""
 
-    supplies_routes: bool
+    supplies_routes = False
     """True if `on_selection` may change `indices_NK`."""
+
+    def indices_out(self, site: RouterSite, num_tokens: int) -> torch.Tensor | None:
+        """Where the router's own top-k should write its indices; None lets it allocate.
+
+        Asked only of the one session of a thread, and only where no gradient is needed.
+
+        Returns:
+            `[num_tokens, K]` int64, contiguous, on the router's device.
+        """
+        return None
 
     def on_selection(self, selection: Selection) -> None:
         """See, and where `supplies_routes` is True change, one selection."""
-        ...
+        raise NotImplementedError
 
 
 class ModelTap:
@@ -83,7 +93,7 @@ class ModelTap:
     def fingerprint(self) -> str:
         """`fingerprint_of` the model as it is now."""
         model = self._model()
-        return "" if model is None else fingerprint_of(model)
+        return "" if model is None else fingerprint_of(model, self.sites)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -152,7 +162,8 @@ class ModelTap:
                 return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
             if any(session.supplies_routes for session in state.sessions):
                 _refuse_unknown_checkpointing(site)
-            with _TopkMode(site, state.sessions, state.recompute) as mode:
+            mode = _TopkMode(site, state.sessions, state.recompute)
+            with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
             return output
@@ -236,8 +247,8 @@ class _TopkMode(TorchFunctionMode):
         return input.ndim > 1 and input.shape[-1] == self.site.num_experts and k == self.site.top_k and largest
 
     def _select(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        live = func(*args, **kwargs)
         scores = args[0] if args else kwargs["input"]
+        live = self._topk_to_session(scores, *args[1:], **kwargs) or func(*args, **kwargs)
         is_sorted = kwargs.get("sorted", args[4] if len(args) > 4 else True)
         live_NK = live.indices.reshape(-1, self.site.top_k)
         scores_NE = scores.reshape(-1, self.site.num_experts)
@@ -251,6 +262,16 @@ class _TopkMode(TorchFunctionMode):
         self.used = selection.indices_NK.view_as(live.indices)
         values = self._unmasked(scores).gather(-1, self.used)
         return torch.return_types.topk((values, self.used))
+
+    def _topk_to_session(self, scores: torch.Tensor, *args: Any, input: object = None, **kwargs: Any) -> Any:
+        """The top-k with its indices written where the session wants them, or None where it does not mind."""
+        if len(self.sessions) != 1 or scores.requires_grad:
+            return None
+        out_NK = self.sessions[0].indices_out(self.site, scores.numel() // self.site.num_experts)
+        if out_NK is None:
+            return None
+        shape = (*scores.shape[:-1], self.site.top_k)
+        return torch.topk(scores, *args, **kwargs, out=(scores.new_empty(shape), out_NK.view(shape)))
 
     def _unmasked(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores before groups were masked out of them.
@@ -321,7 +342,14 @@ def tap_model(model: nn.Module) -> ModelTap:
         )
     with _taps_lock:
         tap = _taps.get(model)
-        routers = [site.module for site in find_routers(model)]
-        if tap is None or [site.module for site in tap.sites] != routers:  # wrapped or changed since the last time
+        if tap is None or not _is_current(tap, model):
             tap = _taps[model] = ModelTap(model)
         return tap
+
+
+def _is_current(tap: ModelTap, model: nn.Module) -> bool:
+    """False once a router has been wrapped, replaced or removed."""
+    try:
+        return all(model.get_submodule(site.name) is site.module for site in tap.sites)
+    except AttributeError:
+        return False

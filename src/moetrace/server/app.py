@@ -61,8 +61,8 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None) -> FastAPI:
         parameters = request.parameters
         sampling = parameters.sampling()
         prompt = await asyncio.to_thread(_prompt_tokens, request, tokenizer)
-        future = engine.submit(prompt, sampling, return_routes=parameters.return_routed_experts)
-        result = await asyncio.wrap_future(future)
+        generation = engine.submit(prompt, sampling, return_routes=parameters.return_routed_experts)
+        result = await asyncio.wrap_future(generation.futures[0])
         body = await asyncio.to_thread(_encode, result, parameters, tokenizer)
         return Response(body, media_type="application/json")
 

@@ -64,7 +64,8 @@ class GenerateParameters(BaseModel):
                     if name in ("n", "best_of")
                     else None,
                 )
-        return SamplingParams(**{item.name: getattr(self, item.name) for item in fields(SamplingParams)})
+        names = {item.name for item in fields(SamplingParams)} & set(type(self).model_fields)
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 class GenerateRequest(BaseModel):

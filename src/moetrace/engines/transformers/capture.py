@@ -1,111 +1,112 @@
-"""Capture in transformers' continuous batching: the one file that knows that engine's internals.
+"""Capture in the embedded engine: rows live beside the keys and values they were computed with, on the device.
 
-What is used of them, in every supported release (5.17 to 5.23): a batch processor has `inputs_and_outputs` with
-`prepare_batch_tensors`, `retrieve_device_outputs` and `prepare_batch_update`, called in that order for every step (with
-asynchronous batching, the third one step late), and `_generation_step(model)` around the forward. A packed step holds
-its requests in the order given to the first; each has `position_offset` positions done and brings `query_length` more.
+    forward       the routers' own top-k writes expert ids to staging
+    after it      one kernel narrows them and scatters them to their tokens' slots; both are part of the CUDA graph
+    pages freed   the pages of a request that asked for routes are gathered, before the next step can write there
+    collect       another thread waits for them and puts the sequence together
 
-    prepare_batch_tensors     plan: which packed tokens belong to which positions; rows of reused prefixes are copied
-    _generation_step          the tap writes expert ids to staging
-    retrieve_device_outputs   commit: narrow staging to rows, start their copy to the host
-    prepare_batch_update      harvest: the engine has waited for its own outputs, so the rows have arrived too
-
-Axes: N tokens of a step, L MoE layers, K experts per token.
+Axes: L MoE layers, K experts per token, T rows of a sequence.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import nn
-from transformers.generation.continuous_batching.requests import RequestStatus
 
+from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.errors import CaptureError
-from moetrace.recorder import PagedRows, SequenceRows, Staging, commit_rows
+from moetrace.recorder import PulledPages, RowStore, Staging, StepSlots
 from moetrace.routers import tap_model
 from moetrace.trace import Order
 
 logger = logging.getLogger(__name__)
 
-_DISCARDED = (RequestStatus.FINISHED, RequestStatus.PENDING)
-"""States in which the engine throws a step's result away: what it computed is not what was sampled from."""
+_PULL_TIMEOUT_S = 60.0
 
 
 @dataclass
-class _Share:
-    """The part of a step that belongs to one request: positions `start <= position < start + count`."""
+class _Part:
+    """Rows of positions `start <= p < start + count`, in pages `first, first + 1, ...` of what was pulled."""
 
-    state: Any
     start: int
     count: int
-
-    def tokens(self) -> list[int]:
-        """The tokens at its positions; known once the step before has been harvested."""
-        prompt, generated = self.state.initial_tokens, self.state.generated_tokens
-        stop, split = self.start + self.count, len(prompt)
-        return prompt[self.start : stop] + generated[max(self.start - split, 0) : max(stop - split, 0)]
+    pages: list[int]
+    pulled: PulledPages | None = None
+    first: int = 0
 
 
 @dataclass
-class _Step:
-    """One planned step; `rows_NLK` arrives between commit and harvest."""
+class _History:
+    """The parts a request left behind, oldest first; where they overlap, the older one counts."""
 
-    requests: list[Any]
-    shares: list[_Share]
-    rows_NLK: torch.Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(share.count for share in self.shares)
+    asked: bool = True
+    parts: list[_Part] = field(default_factory=list)
+    offloaded: _Part | None = None
+    complete: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
-class _Sequence:
-    """A request's rows, and the engine's state object they were last planned for."""
+class CapturedRows:
+    """What was captured of one sequence: `[T, L, K]` ids, `[T]` validity, `[T]` int32 numbers of the weights."""
 
-    rows: SequenceRows
-    state: Any = None
+    experts_TLK: np.ndarray
+    valid_T: np.ndarray
+    versions_T: np.ndarray
 
 
 @dataclass
 class CaptureCounts:
     """What capture did since it started."""
 
-    steps: int = 0
+    sequences: int = 0
     rows: int = 0
-    reused_rows: int = 0
     missing_rows: int = 0
 
 
 class StepCapture:
-    """Records every token of every request of one continuous-batching processor."""
+    """Records every token of every request of one loop.
 
-    def __init__(self, model: nn.Module, batch_processor: Any) -> None:
+    Raises:
+        CaptureError: the model keeps only a window of positions, and sequences may be longer.
+    """
+
+    def __init__(self, model: nn.Module, loop: BatchLoop, max_model_len: int) -> None:
+        window = loop.pages.window
+        if window is not None and max_model_len > window:
+            raise CaptureError(
+                "this model has sliding-window attention only: the engine forgets positions that left the window, and"
+                " their routes with them",
+                expected=f"max_model_len <= {window}",
+                got=max_model_len,
+                fix=f"Pass --max-model-len {window}.",
+            )
         self._tap = tap_model(model)
-        self._installed = ExitStack()
-        self._io = _require(batch_processor, "inputs_and_outputs")
-        self._cache = _require(batch_processor, "cache")
-        device = torch.device(_require(self._cache, "device"))
+        self._loop = loop
         self.layout = self._tap.layout
         self.fingerprint = self._tap.fingerprint
         self.counts = CaptureCounts()
-        self._staging = Staging(self.layout, _require(self._cache, "max_batch_tokens"), device)
-        self._steps: deque[_Step] = deque()
-        self._sequences: dict[str, _Sequence] = {}
-        self._processor = batch_processor
-        page_size, self._block_table = _block_table_of(self._cache)
-        self._pages = PagedRows(self.layout, page_size)
+        self._staging = Staging(self.layout, loop.max_batch_tokens, loop.device)
+        self._store = RowStore(self.layout, loop.pages.num_pages, loop.pages.page_size, loop.device)
+        self._histories: dict[str, _History] = {}
+        self._queued: list[_Part] = []
+        self._finished: list[_History] = []
+        self._installed = ExitStack()
+        self._installed.enter_context(self._tap.installed())  # once: a step must not walk the model's modules
+        loop.listen(self)
         logger.info(
-            "capture on: staging %.1f MiB for steps of up to %d tokens, %d bytes a row on the host",
-            self._staging.ids_LNK.nbytes / 2**20,
-            self._staging.capacity,
+            "capture on: %d rows of %d + 8 bytes, %.1f MiB on %s; staging for %d tokens a step, %.1f MiB",
+            len(self._store.rows_SR),
             self.layout.row_bytes,
+            self._store.nbytes / 2**20,
+            loop.device,
+            self._staging.capacity,
+            self._staging.ids_LNK.nbytes / 2**20,
         )
 
     @property
@@ -113,132 +114,109 @@ class StepCapture:
         """Whether the captured ids are in rank order."""
         return self._staging.order
 
-    def active(self) -> AbstractContextManager[None]:
-        """While open, forwards of this thread write to staging (CUDA graphs captured now will always do)."""
-        return self._tap.active(self._staging)
+    @property
+    def nbytes(self) -> int:
+        """Bytes that capture holds on the device."""
+        return self._store.nbytes + self._staging.ids_LNK.nbytes
 
-    def attach(self) -> None:
-        """Follow the steps from now on. Warm-up must be over: its steps are never harvested."""
-        io, processor = self._io, self._processor
-        own_prepare = _require(io, "prepare_batch_tensors")
-        own_step = _require(processor, "_generation_step")
-        own_retrieve = _require(io, "retrieve_device_outputs")
-        own_update = _require(io, "prepare_batch_update")
-
-        def prepare(requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> Any:
-            step = self._plan(requests_in_batch)  # before the engine moves the positions on
-            result = own_prepare(requests_in_batch, *args, **kwargs)
-            self._steps.append(step)
-            return result
-
-        def generation_step(model: nn.Module) -> Any:
-            with self.active():
-                return own_step(model)
-
-        def retrieve() -> Any:
-            self._commit(self._steps[-1])
-            return own_retrieve()
-
-        def update() -> Any:
-            result = own_update()
-            self._harvest(self._steps.popleft(), result[0])
-            return result
-
-        self._installed.enter_context(self._tap.installed())  # once: a step must not walk the model's modules
-        io.prepare_batch_tensors, io.retrieve_device_outputs, io.prepare_batch_update = prepare, retrieve, update
-        processor._generation_step = generation_step
-
-    def detach(self) -> None:
-        """Leave the engine as it was."""
-        for owner, name in (
-            (self._io, "prepare_batch_tensors"),
-            (self._io, "retrieve_device_outputs"),
-            (self._io, "prepare_batch_update"),
-            (self._processor, "_generation_step"),
-        ):
-            vars(owner).pop(name, None)
+    def close(self) -> None:
+        """Leave the model as it was."""
         self._installed.close()
 
-    def collect(self, request_id: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Take away a finished request's rows: `experts_TLK` and `valid_T`, both `num_rows` long."""
-        sequence = self._sequences.pop(request_id, None)
-        rows = SequenceRows(self.layout) if sequence is None else sequence.rows
-        experts_TLK, valid_T = rows.read(0, num_rows)
-        self.counts.missing_rows += int(num_rows - valid_T.sum())
-        return experts_TLK, valid_T
+    def watch(self, request_id: str) -> None:
+        """Keep this request's rows when it gives its pages back; call `collect` or `drop` for it later."""
+        self._histories[request_id] = _History()
 
-    def _plan(self, requests: list[Any]) -> _Step:
-        shares = [_Share(r.state, r.state.position_offset, r.query_length) for r in requests]
-        for share in shares:
-            self._admit(share)
-        return _Step(list(requests), shares)
+    def drop(self, request_id: str) -> None:
+        """Keep nothing of this request."""
+        self._histories.pop(request_id, None)
 
-    def _admit(self, share: _Share) -> None:
-        """When a request (or what a preempted one became) is first planned, positions before its share are not its own:
-        it was given pages that hold them. Later, missing positions are steps in flight."""
-        state = share.state
-        sequence = self._sequences.setdefault(state.request_id, _Sequence(SequenceRows(self.layout)))
-        if sequence.state is not state:
-            sequence.state = state
-            if share.start:
-                pages = self._block_table.get(state.request_id, [])
-                prefix = state.initial_tokens[: share.start]
-                self.counts.reused_rows += self._pages.copy_to(sequence.rows, pages, prefix)
+    def set_version(self, version: int) -> None:
+        """Number the weights of the steps from now on; to be called on the generation thread."""
+        self._store.set_version(version)
 
-    def _commit(self, step: _Step) -> None:
-        """Narrow on the compute stream, where the next step cannot overwrite staging first; copy beside it."""
-        compute = self._io.compute_stream
-        if compute is None:
-            step.rows_NLK = commit_rows(self._staging, step.num_tokens)
-            return
-        copying = getattr(self._io, "d2h_stream", compute)  # the engine waits for this stream before it harvests
-        with torch.cuda.stream(compute):
-            rows_NLK = commit_rows(self._staging, step.num_tokens)
-        copying.wait_stream(compute)
-        with torch.cuda.stream(copying):
-            step.rows_NLK = torch.empty(rows_NLK.shape, dtype=rows_NLK.dtype, pin_memory=True)
-            step.rows_NLK.copy_(rows_NLK, non_blocking=True)
-            rows_NLK.record_stream(copying)
+    def collect(self, request_id: str, tokens: Sequence[int]) -> CapturedRows:
+        """Take away the rows of a watched request that is over: one for each token but the last.
 
-    def _harvest(self, step: _Step, requests: list[Any]) -> None:
-        if step.rows_NLK is None or [id(r) for r in requests] != [id(r) for r in step.requests]:
-            raise CaptureError(
-                "the engine finished another step than the one that was planned",
-                expected=f"{len(step.requests)} requests of the oldest step in flight",
-                got=f"{len(requests)} others",
-                fix="This release of transformers is not supported; see the table in docs/architecture.md.",
-            )
-        rows_NLK = step.rows_NLK.numpy()
-        self.counts.steps += 1
-        first = 0
-        for share in step.shares:
-            if share.state.status not in _DISCARDED:
-                share_rows = rows_NLK[first : first + share.count]
-                self._sequences[share.state.request_id].rows.write(share.start, share_rows)
-                if self._cache.use_prefix_sharing:
-                    pages = self._block_table.get(share.state.request_id, [])
-                    self._pages.write(pages, share.start, share.tokens(), share_rows)
-                self.counts.rows += share.count
-            first += share.count
-
-
-def _require(owner: Any, name: str) -> Any:
-    if not hasattr(owner, name):
-        raise CaptureError(
-            f"transformers' {type(owner).__name__} has no {name!r}",
-            expected="transformers 5.17 to 5.23",
-            fix="Install a supported release, or open an issue with the version.",
+        A row counts only if its slot was written for that very token.
+        """
+        history = self._histories[request_id]
+        if not history.complete.wait(_PULL_TIMEOUT_S):
+            raise CaptureError(f"the rows of {request_id} never left the engine", got=f"{_PULL_TIMEOUT_S:.0f} s")
+        del self._histories[request_id]
+        num_rows = len(tokens) - 1
+        rows = CapturedRows(
+            np.zeros((num_rows, self.layout.num_layers, self.layout.top_k), self.layout.dtype),
+            np.zeros(num_rows, bool),
+            np.zeros(num_rows, np.int32),
         )
-    return getattr(owner, name)
+        tokens_T = np.asarray(tokens)
+        for part in reversed(history.parts):  # the oldest last: its rows stay
+            assert part.pulled is not None
+            experts_TLK, marks_T2 = part.pulled.read(part.first, len(part.pages))
+            count = max(min(part.count, num_rows - part.start), 0)
+            here = np.flatnonzero(marks_T2[:count, 0] == tokens_T[part.start : part.start + count])
+            rows.experts_TLK[part.start + here] = experts_TLK[here]
+            rows.versions_T[part.start + here] = marks_T2[here, 1]
+            rows.valid_T[part.start + here] = True
+        self.counts.sequences += 1
+        self.counts.rows += num_rows
+        self.counts.missing_rows += int(num_rows - rows.valid_T.sum())
+        return rows
 
+    # From here on: what the loop tells (see PageListener), on the generation thread.
 
-def _block_table_of(cache: Any) -> tuple[int, dict[str, list[int]]]:
-    """Tokens of a page, and the live table request id -> physical pages, of the full-attention layers.
+    def forwards(self) -> AbstractContextManager[None]:
+        return self._tap.active(self._staging)
 
-    Prefixes are shared only where all layers have full attention, so there is one such table wherever it matters.
-    """
-    if hasattr(cache, "cache_allocators"):  # 5.18 and later
-        allocator = next(iter(cache.cache_allocators.values()))
-        return _require(allocator, "tokens_per_page"), _require(allocator, "block_table")
-    allocator = _require(cache, "group_cache_managers")[0]
-    return _require(cache, "block_size"), _require(allocator, "block_table")
+    def after_forward(self, step: StepSlots) -> None:
+        self._store.commit(self._staging, step)
+
+    def settle(self) -> None:
+        if self._queued:
+            pulled = self._store.take([page for part in self._queued for page in part.pages])
+            first = 0
+            for part in self._queued:
+                part.pulled, part.first = pulled, first
+                first += len(part.pages)
+            self._queued = []
+        for history in self._finished:
+            history.complete.set()
+        self._finished = []
+
+    def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
+        history = self._histories.get(request_id)
+        if history is None and self._loop.offloads_to_host and not over:
+            history = self._histories[request_id] = _History(asked=False)  # its pages may come back, and be shared
+        if history is None:
+            return
+        capacity = len(pages) * self._store.page_size
+        part = _Part(0, capacity if computed is None else min(computed, capacity), pages)
+        self._queue(history, part)
+        if not over:
+            history.offloaded = part if pages else history.offloaded  # some releases give pages back twice
+        elif history.asked:
+            self._finished.append(history)
+        else:
+            del self._histories[request_id]
+
+    def replaced(self, request_id: str, index: int, page: int) -> None:
+        history = self._histories.get(request_id)
+        if history is not None:
+            self._queue(history, _Part(index * self._store.page_size, self._store.page_size, [page]))
+
+    def copied(self, sources: list[int], targets: list[int]) -> None:
+        self.settle()  # a target may be a page that was given back a moment ago
+        self._store.copy(sources, targets)
+
+    def restored(self, request_id: str, pages: list[int]) -> None:
+        self.settle()
+        history = self._histories.get(request_id)
+        part = history.offloaded if history is not None else None
+        if part is not None and part.pulled is not None:
+            self._store.put_back(pages[: len(part.pages)], part.pulled, part.first)
+
+    def _queue(self, history: _History, part: _Part) -> None:
+        if part.pages and part.count:
+            history.parts.append(part)
+            self._queued.append(part)

@@ -6,34 +6,48 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moetrace.engines.base import EngineConfig, FinishReason, GenerateResult, SamplingParams, check_request
-from moetrace.engines.transformers import sampling as sampler
-from moetrace.engines.transformers.capture import CaptureCounts, StepCapture
-from moetrace.errors import EngineError, NotMoeError, RequestError
+from moetrace.engines.base import (
+    EngineConfig,
+    FinishReason,
+    GenerateResult,
+    Generation,
+    SamplingParams,
+    check_request,
+)
+from moetrace.engines.transformers import loading
+from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
+from moetrace.engines.transformers.continuous import BatchLoop
+from moetrace.engines.transformers.sampling import Sampler, generation_config
+from moetrace.engines.transformers.stopping import StopTexts
+from moetrace.engines.transformers.weights import apply_weights, check_weights
+from moetrace.errors import EngineError, RequestError
 from moetrace.layout import MoeLayout
-from moetrace.routers import config_layout
 from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass
 class _Pending:
+    """A sequence that somebody waits for."""
+
+    prompt: list[int]
+    sampling: SamplingParams
     future: Future[GenerateResult]
     return_routes: bool
-    eos_token_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    stop_texts: StopTexts | None
+    aborted: bool = False
 
 
 class TransformersEngine:
@@ -42,36 +56,35 @@ class TransformersEngine:
     Args:
         model: a causal language model of transformers, on its device, in eval mode or not.
         config: the knobs.
+        tokenizer: needed for stop texts only.
 
     Raises:
-        NotMoeError, UnsupportedRouterError: capture is on and the model cannot be recorded.
+        NotMoeError, UnsupportedRouterError, CaptureError: capture is on and the model cannot be recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, config: EngineConfig | None = None, tokenizer: Any = None) -> None:
         self.config = config = config or EngineConfig()
         self.name = f"transformers {transformers.__version__}"
         text_config = model.config.get_text_config()
         self.vocab_size = text_config.vocab_size
-        self._eos_token_ids = _eos_token_ids(model)
-        window = _window(text_config, config)
+        self._model, self._tokenizer = model, tokenizer
+        self._eos_token_ids = loading.eos_token_ids(model)
+        window = loading.window_of(text_config, config)
         self._manager: Any = model.init_continuous_batching(  # type: ignore[operator]
-            generation_config=sampler.generation_config(self.vocab_size, self._eos_token_ids),
-            continuous_batching_config=_batching_config(model.device, window, config),
+            generation_config=generation_config(self.vocab_size, self._eos_token_ids),
+            continuous_batching_config=loading.batching_config(model.device, window, config),
         )
-        untruncated = sampler.extend_processors(self._manager)
+        self._sampler = Sampler(self._manager, self.vocab_size)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
-        sampler.take_untruncated_logprobs(processor.model_runner, untruncated)
-        self._capture: StepCapture | None = None
-        if config.enable_return_routed_experts:
-            self._capture = StepCapture(model, processor)
-            with self._capture.active():
-                self._manager.warmup()
-            self._capture.attach()
-        else:
-            self._manager.warmup()
-        cache = processor.cache
-        self._cache_tokens = cache.num_blocks * _page_size(self._manager.continuous_batching_config)
+        self._sampler.attach(processor)
+        self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
         self.max_model_len = min(window, self._cache_tokens)
+        self._loop = BatchLoop(self._manager)
+        self._versions = [config.weight_version]
+        self._capture: StepCapture | None = None
+        if config.enable_return_routed_experts and self._manager.is_tp_driver:
+            self._capture = StepCapture(model, self._loop, self.max_model_len)
+        self._manager.warmup()
         self._ids = itertools.count()
         self._pending: dict[str, _Pending] = {}
         self._lock = threading.Lock()
@@ -90,19 +103,12 @@ class TransformersEngine:
         """
         config = config or EngineConfig()
         began = time.perf_counter()
-        model = load_model(path, config, require_moe=config.enable_return_routed_experts)
-        engine = cls(model, config)
+        model = loading.load_model(path, config, require_moe=config.enable_return_routed_experts)
+        engine = cls(model, config, cls.tokenizer(path))
         logger.info("%s is ready after %.1f s: %s", path, time.perf_counter() - began, engine.describe())
         return engine
 
-    @staticmethod
-    def tokenizer(path: str) -> Any | None:
-        """The checkpoint's tokenizer, or None where it has none."""
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            logger.warning("%s has no usable tokenizer; serving token ids only (%s)", path, str(error).split("\n")[0])
-            return None
+    tokenizer = staticmethod(loading.load_tokenizer)
 
     @property
     def layout(self) -> MoeLayout | None:
@@ -114,6 +120,16 @@ class TransformersEngine:
         """What capture did so far, or None when it is off."""
         return self._capture.counts if self._capture else None
 
+    @property
+    def weight_version(self) -> str:
+        """Name of the weights that steps run with now."""
+        return self._versions[-1]
+
+    @property
+    def is_driver(self) -> bool:
+        """True where requests are taken: everywhere but on the other ranks of a parallel plan."""
+        return self._manager.is_tp_driver
+
     def describe(self) -> str:
         """One line for the log."""
         layout = self.layout
@@ -123,175 +139,173 @@ class TransformersEngine:
 
     def submit(
         self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
-    ) -> Future[GenerateResult]:
+    ) -> Generation:
         """Queue one request; see `Engine.submit`."""
         check_request(self, prompt_tokens, sampling, return_routes)
-        eos_token_ids = [] if sampling.ignore_eos else self._eos_token_ids
-        pending = _Pending(Future(), return_routes, frozenset(eos_token_ids))
+        if sampling.stop and self._tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, and this engine has none", fix="Pass stop_token_ids.")
+        prompt, stop_ids = list(prompt_tokens), list(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stop_ids += self._eos_token_ids
         with self._lock:
-            if self._closing or not self.is_healthy():
-                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+            if self._closing or not self.is_driver or not self.is_healthy():
+                raise EngineError(
+                    "the engine has stopped" if self.is_driver else "this rank follows rank 0 and takes no requests",
+                    fix="Restart the server; its log says why it stopped." if self.is_driver else "Ask rank 0.",
+                )
             request_id = f"request-{next(self._ids)}"
-            self._pending[request_id] = pending
-        self._manager.add_request(
-            list(prompt_tokens),
-            request_id=request_id,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=eos_token_ids or -1,
-            **sampler.request_kwargs(sampling, self.vocab_size),
-        )
-        return pending.future
+            names = [request_id, *(f"{request_id}__child#{i}" for i in range(sampling.n - 1))]  # as the engine's forks
+            futures = []
+            for name in names:
+                texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
+                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), texts)
+                futures.append(pending.future)
+                self._pending[name] = pending
+                if self._capture and return_routes:
+                    self._capture.watch(name)
+            self._manager.num_return_sequences = sampling.n  # read by add_request
+            self._manager.add_request(
+                prompt,
+                request_id=request_id,
+                max_new_tokens=sampling.max_new_tokens,
+                streaming=bool(sampling.stop),
+                eos_token_id=stop_ids or -1,
+                **self._sampler.admit(sampling),
+            )
+        return Generation(request_id, tuple(futures))
+
+    def abort(self, request_id: str | None = None) -> None:
+        """End one request or all of them; see `Engine.abort`."""
+        with self._lock:
+            for name, pending in self._pending.items():
+                if request_id is None or name == request_id or name.startswith(f"{request_id}__child#"):
+                    pending.aborted = True
+                    self._manager.cancel_request(name)
+
+    def pause(self) -> None:
+        """Launch no step until `resume`; see `Engine.pause`."""
+        self._require_one_process("pause")
+        self._loop.pause()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._loop.resume()
+
+    def update_weights(self, weights: str | Mapping[str, torch.Tensor], version: str) -> None:
+        """Replace the weights between two steps, all or none; see `Engine.update_weights`."""
+        self._require_one_process("update_weights")
+        if isinstance(weights, str):
+            weights = loading.load_model(weights, self.config, require_moe=False, device="cpu").state_dict()
+        checked = check_weights(self._model, weights)
+        if not self.is_healthy():
+            raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+
+        def apply() -> None:
+            apply_weights(checked)
+            self._loop.forget_prefixes()
+            self._versions.append(version)
+            if self._capture:
+                self._capture.set_version(len(self._versions) - 1)
+
+        self._loop.call(apply).result()
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
         return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
 
     def close(self) -> None:
-        """Finish what is queued, stop, and leave the model as it was."""
+        """Finish what is queued, stop, and leave the model as it was. Ranks that follow rank 0 wait for it to stop."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
+        if not self.is_driver:
+            self._deliverer.join()
+        self._loop.resume()
         self._manager.stop(block=True)
         self._deliverer.join()
+        self._loop.close()
         if self._capture:
-            self._capture.detach()
+            self._capture.close()
+
+    def _require_one_process(self, what: str) -> None:
+        if self.config.parallel != "none":
+            raise EngineError(
+                f"{what} is not supported under a parallel plan: its ranks would fall out of step",
+                expected="parallel='none'",
+                got=self.config.parallel,
+            )
 
     def _deliver(self) -> None:
-        """Hand finished requests to their futures, off the generation thread."""
+        """Hand finished sequences to their futures, off the generation thread."""
         while True:
             output = self._manager.get_result(timeout=0.05)
             if output is not None:
                 if output.is_finished():
                     self._finish(output)
+                else:
+                    self._look_for_stop(output)
             elif not self.is_healthy():
                 break
         self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
 
+    def _look_for_stop(self, output: Any) -> None:
+        pending = self._pending.get(output.request_id)
+        if pending is not None and pending.stop_texts and pending.stop_texts.found(output.generated_tokens):
+            self._manager.cancel_request(output.request_id)
+
     def _finish(self, output: Any) -> None:
         with self._lock:
             pending = self._pending.pop(output.request_id, None)
-        if pending is None:
-            return
+            if pending is None:
+                return
+            self._sampler.retire(pending.sampling)
         try:
             if output.error is not None:
                 raise RequestError(f"the engine failed this request ({output.error})")
             pending.future.set_result(self._result(output, pending))
         except Exception as error:  # one request's failure must reach its client, and no other
             pending.future.set_exception(error)
+        finally:
+            if self._capture:
+                self._capture.drop(output.request_id)
 
     def _result(self, output: Any, pending: _Pending) -> GenerateResult:
-        prompt, generated = list(output.prompt_ids), list(output.generated_tokens)
-        reason: FinishReason = "stop" if generated and generated[-1] in pending.eos_token_ids else "length"
+        generated = list(output.generated_tokens)
+        reason: FinishReason = "length"
+        if pending.stop_texts and pending.stop_texts.found(generated):
+            generated, reason = generated[: pending.stop_texts.length], "stop"
+        elif generated and generated[-1] in pending.stop_ids:
+            reason = "stop"
+        elif pending.aborted and len(generated) < pending.sampling.max_new_tokens:
+            reason = "abort"
         trace = None
-        if self._capture:
-            experts_TLK, valid_T = self._capture.collect(output.request_id, len(prompt) + len(generated) - 1)
-            if pending.return_routes:
-                trace = RoutingTrace.build(
-                    experts_TLK,
-                    self._capture.layout,
-                    prompt + generated,
-                    valid_T=valid_T,
-                    weight_spans=[WeightSpan(0, self.config.weight_version)],
-                    order=self._capture.order,
-                    fingerprint=self._capture.fingerprint,
-                    engine=self.name,
-                )
-        return GenerateResult(prompt, generated, list(output.logprobs), reason, trace)
+        if self._capture and pending.return_routes:
+            tokens = pending.prompt + generated
+            rows = self._capture.collect(output.request_id, tokens)
+            trace = RoutingTrace.build(
+                rows.experts_TLK,
+                self._capture.layout,
+                tokens,
+                valid_T=rows.valid_T,
+                weight_spans=self._weight_spans(rows),
+                order=self._capture.order,
+                fingerprint=self._capture.fingerprint,
+                engine=self.name,
+            )
+        return GenerateResult(pending.prompt, generated, list(output.logprobs)[: len(generated)], reason, trace)
+
+    def _weight_spans(self, rows: CapturedRows) -> list[WeightSpan]:
+        """Runs of equal weights; a row that is missing goes with the one before it."""
+        valid = np.flatnonzero(rows.valid_T)
+        versions = rows.versions_T[valid]
+        changes = [0, *(np.flatnonzero(np.diff(versions)) + 1)] if len(valid) else []
+        return [
+            WeightSpan(int(valid[change]) if change else 0, self._versions[int(versions[change])]) for change in changes
+        ]
 
     def _fail_pending(self, error: EngineError) -> None:
         with self._lock:
             pending, self._pending = self._pending, {}
         for request in pending.values():
             request.future.set_exception(error)
-
-
-def load_model(path: str, config: EngineConfig, *, require_moe: bool) -> PreTrainedModel:
-    """Load a causal language model for an engine or a trainer; see `TransformersEngine.load` for errors."""
-    if config.dtype not in _DTYPES:
-        raise EngineError("dtype is unknown", expected=" or ".join(_DTYPES), got=config.dtype)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
-        raise EngineError(
-            f"there is no model at {path!r}",
-            expected="a checkpoint folder with config.json",
-            got="a folder without one" if Path(path).is_dir() else "no such folder",
-            fix="Pass the folder that save_pretrained wrote.",
-        )
-    path = str(Path(path).expanduser()) if looks_local else path
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(f"cannot read the model {path!r} ({error})") from error
-    if require_moe:
-        try:
-            config_layout(model_config)
-        except NotMoeError as error:
-            raise NotMoeError(
-                f"{path!r} is a dense model: there are no routed experts to return",
-                expected="a Mixture-of-Experts checkpoint",
-                got=model_config.model_type,
-                fix="Start without --enable-return-routed-experts.",
-            ) from error
-    optional = {
-        name: value
-        for name in ("attn_implementation", "experts_implementation")
-        if (value := getattr(config, name)) != "auto"
-    }
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, **optional)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise EngineError(f"cannot load the model {path!r} ({error})") from error
-    return model.to(_device(config.device)).eval()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"device {name!r} cannot be used ({error})", fix="Pass --device cpu.") from error
-
-
-def _eos_token_ids(model: Any) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    eos = model.config.get_text_config().eos_token_id if eos is None else eos
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _window(text_config: Any, config: EngineConfig) -> int:
-    """Longest sequence: the model's window, or less where the user asked for less."""
-    window, asked = getattr(text_config, "max_position_embeddings", None), config.max_model_len
-    if asked is None:
-        if window is None:
-            raise EngineError("the model states no window", fix="Pass --max-model-len.")
-        return int(window)
-    if asked < 2 or (window is not None and asked > window):
-        raise EngineError("max_model_len is out of range", expected=f"2 <= max_model_len <= {window}", got=asked)
-    return asked
-
-
-def _batching_config(device: torch.device, window: int, config: EngineConfig) -> ContinuousBatchingConfig:
-    """Sized to the model on CPU (a cache that takes the machine's memory helps nobody there), by memory on CUDA."""
-    on_cpu = device.type == "cpu"
-    page_size = config.page_size or (32 if on_cpu else 256)
-    cache_tokens = config.kv_cache_tokens or (min(16 * window, 1 << 16) if on_cpu else None)
-    values: dict[str, Any] = {
-        "block_size": page_size,
-        "num_blocks": None if cache_tokens is None else -(-cache_tokens // page_size),
-        "max_batch_tokens": config.max_batch_tokens or (512 if on_cpu else None),
-        "max_requests_per_batch": config.max_running_requests or (64 if on_cpu else None),
-        "allow_block_sharing": config.prefix_sharing,
-        "return_logprobs": True,
-        "seed": config.seed,
-        "per_request_processors": True,
-    }
-    known = ContinuousBatchingConfig.__dataclass_fields__
-    if "page_size" in known:  # 5.18 and later call it so
-        values["page_size"] = values.pop("block_size")
-    return ContinuousBatchingConfig(**{name: value for name, value in values.items() if value is not None})
-
-
-def _page_size(batching_config: Any) -> int:
-    return getattr(batching_config, "page_size", None) or batching_config.block_size

@@ -1,12 +1,14 @@
 """Per-request sampling on top of transformers' continuous batching.
 
-That engine samples every request the same way: greedy or not is one switch for all, and a log-probability is taken
-after top-k and top-p. Two logits processors and one wrapper around its sampler make greedy a per-request choice and
-take log-probabilities before truncation.
+That engine samples every request the same way: greedy or not is one switch for all, a log-probability is taken after
+top-k and top-p, and both sort the vocabulary in every step. Here greedy is a per-request choice, log-probabilities are
+taken before truncation, and nothing is sorted while no request truncates: on an H100, batch 256 and a vocabulary of
+152k the sorts are 6 ms a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,14 +29,6 @@ def generation_config(vocab_size: int, eos_token_ids: list[int]) -> GenerationCo
         eos_token_id=eos_token_ids or None,
         max_new_tokens=1,
     )
-
-
-def request_kwargs(sampling: SamplingParams, vocab_size: int) -> dict[str, Any]:
-    """The values one request brings to the processors."""
-    if not sampling.do_sample:
-        return {"temperature": 1.0, "top_k": vocab_size, "top_p": 1.0, "greedy": 1}
-    top_k = vocab_size if sampling.top_k == -1 else min(sampling.top_k, vocab_size)
-    return {"temperature": float(sampling.temperature), "top_k": top_k, "top_p": float(sampling.top_p), "greedy": 0}
 
 
 class _Untruncated:
@@ -69,27 +63,83 @@ class _Greedy(ContinuousBatchingLogitsProcessor):
         return scores.masked_fill(greedy & ~best, float("-inf"))
 
 
-def extend_processors(manager: Any) -> _Untruncated:
-    """Add our processors to a manager, before its batch processor exists."""
-    untruncated = _Untruncated()
-    processors = manager.logit_processor
-    processors.logits_processor.insert(1, untruncated)  # after temperature
-    processors.logits_processor.append(_Greedy())
-    processors.tensors_required += 1
-    processors._retrieve_processors_kwargs()
-    return untruncated
+class _Truncation(ContinuousBatchingLogitsProcessor):
+    """One of transformers' top-k and top-p, left out while no request truncates."""
+
+    def __init__(self, own: Any, sampler: Sampler) -> None:
+        self._own, self._sampler = own, sampler
+        self.supported_kwargs, self.ignored_kwargs = own.supported_kwargs, own.ignored_kwargs
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        self._own.fill_defaults(int32_tensor)
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        return self._own.prepare_tensor_args(requests_with_new_token)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        return self._own(scores, tensor_arg) if self._sampler.truncates else scores
 
 
-def take_untruncated_logprobs(runner: Any, untruncated: _Untruncated) -> None:
-    """Make a batch processor's model runner report log-probabilities before truncation."""
-    sample = runner._sample
+class Sampler:
+    """The sampling of one manager. Created before its batch processor, attached to it after.
 
-    def sample_and_score(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        sample(scores, output_ids)
-        assert untruncated.scores is not None
-        logprobs = untruncated.scores.log_softmax(-1)
-        tokens = output_ids[0, : logprobs.size(0)].long()
-        chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-        output_ids[1, : chosen.size(0)].copy_(chosen.view(torch.int32))
+    Args:
+        manager: a `ContinuousBatchingManager` made with `generation_config`.
+        vocab_size: V.
+    """
 
-    runner._sample = sample_and_score
+    def __init__(self, manager: Any, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._truncating = 0
+        self.truncates = False
+        """Whether any request of the step under way draws from less than the whole vocabulary."""
+        self._untruncated = _Untruncated()
+        processors = manager.logit_processor
+        temperature, *truncations = processors.logits_processor
+        processors.logits_processor[:] = [
+            temperature,
+            self._untruncated,
+            *(_Truncation(processor, self) for processor in truncations),
+            _Greedy(),
+        ]
+        processors.tensors_required += 1
+        processors._retrieve_processors_kwargs()
+
+    def attach(self, batch_processor: Any) -> None:
+        """Report log-probabilities before truncation; keep CUDA graphs with and without truncation apart."""
+        runner, io = batch_processor.model_runner, batch_processor.inputs_and_outputs
+        sample, compute = runner._sample, runner.compute_batch
+
+        def decide_and_compute(*args: Any) -> None:
+            self.truncates = self._truncating > 0  # once a step: a graph is looked up, captured and kept by it
+            compute(*args)
+
+        def sample_and_score(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+            sample(scores, output_ids)
+            assert self._untruncated.scores is not None
+            logprobs = self._untruncated.scores.log_softmax(-1)
+            tokens = output_ids[0, : logprobs.size(0)].long()
+            chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+            output_ids[1, : chosen.size(0)].copy_(chosen.view(torch.int32))
+
+        runner._sample, runner.compute_batch = sample_and_score, decide_and_compute
+        for device_io in [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]:
+            device_io._get_graph_key = self._with_truncation(device_io._get_graph_key)
+
+    def admit(self, sampling: SamplingParams) -> dict[str, Any]:
+        """The values a request brings to the processors; `retire` it for each of its sequences that is over."""
+        self._truncating += sampling.n * self._is_truncated(sampling)
+        if not sampling.do_sample:
+            return {"temperature": 1.0, "top_k": self._vocab_size, "top_p": 1.0, "greedy": 1}
+        top_k = self._vocab_size if sampling.top_k == -1 else min(sampling.top_k, self._vocab_size)
+        return {"temperature": float(sampling.temperature), "top_k": top_k, "top_p": float(sampling.top_p), "greedy": 0}
+
+    def retire(self, sampling: SamplingParams) -> None:
+        """One sequence of an admitted request is over."""
+        self._truncating -= self._is_truncated(sampling)
+
+    def _is_truncated(self, sampling: SamplingParams) -> bool:
+        return sampling.do_sample and (sampling.top_p < 1 or 0 < sampling.top_k < self._vocab_size)
+
+    def _with_truncation(self, own: Callable[[], tuple]) -> Callable[[], tuple]:
+        return lambda: (*own(), self.truncates)

@@ -1,0 +1,310 @@
+"""What capture costs the embedded engine: nothing, a copy kernel per layer ("naive"), or ours.
+
+    python benchmarks/capture.py step --layers 48        the decode step's GPU time, by CUDA graph replays
+    python benchmarks/capture.py rounds --layers 12      rollout throughput end to end, and host time per step
+    python benchmarks/capture.py rounds --device cpu     the same with the tiny model
+
+Every part takes --out FILE.json. Variants alternate in one process; random bfloat16 weights of a Qwen3-30B-A3B shape
+(fewer layers as asked; --experts 256 for DeepSeek-V3's number). Medians; the spread is the range of the middle half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import logging
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers.generation.continuous_batching import requests as cb_requests
+from transformers.generation.continuous_batching import utils as cb_utils
+
+from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.transformers import TransformersEngine
+from moetrace.recorder import Staging
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class NaiveStaging(Staging):
+    """What engines do today: let the router allocate its indices, and copy them, layer by layer."""
+
+    def indices_out(self, site: Any, num_tokens: int) -> Any:
+        return None
+
+    def on_selection(self, selection: Any) -> None:
+        self.ids_LNK[selection.site.index, : selection.indices_NK.shape[0]].copy_(selection.indices_NK)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["step", "rounds"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=256, help="requests at once")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one step")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each variant, or hundreds of graph replays")
+    parser.add_argument("--one-at-a-time", action="store_true", help="one engine in memory: start anew for each round")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    model = load(args)
+    results = {"step": step, "rounds": rounds}[args.part](model, args)
+    record = {
+        "command": shlex.join(["python", "benchmarks/capture.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "attention": model.config._attn_implementation,
+        "shape": {name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size", "num_experts")},
+        "results": results,
+    }
+    print(json.dumps(results, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The tiny model on a CPU, random weights of the large shape on a GPU."""
+    if args.device == "cpu":
+        return AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-qwen3-moe").eval()
+    config = Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=args.layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=args.experts,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768 * 128 // args.experts,
+        norm_topk_prob=True,
+        max_position_embeddings=40960,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="flash_attention_3"
+        )
+    return model.eval()
+
+
+def start(model: Any, args: argparse.Namespace, capture: bool) -> TransformersEngine:
+    """An engine with room for exactly the work at hand."""
+    knobs: dict[str, Any] = {"seed": 0, "enable_return_routed_experts": capture, "max_running_requests": args.batch}
+    if args.device != "cpu":
+        tokens = -(-(args.prompt + args.new) // 256) * 256 * args.batch
+        knobs |= {"kv_cache_tokens": tokens * 5 // 4, "max_batch_tokens": args.batch_tokens}
+    return TransformersEngine(model, EngineConfig(**knobs))
+
+
+def step(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """One decode step of `batch` requests as three CUDA graphs over the same memory, replayed in turn."""
+    engine = start(model, args, capture=True)
+    processor, capture = engine._manager.batch_processor, engine._capture
+    assert capture is not None
+    runner, io, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
+    naive = NaiveStaging(capture.layout, args.batch, engine._loop.device)
+    engine._loop.pause()
+
+    def build() -> dict[str, torch.cuda.CUDAGraph]:
+        home = cb_requests if hasattr(cb_requests, "create_warmup_future_states") else cb_utils  # 5.18 moved it
+        status = cb_requests.RequestStatus.DECODING
+        states = home.create_warmup_future_states(args.batch, status, 1, args.prompt, cache)
+        io.prepare_batch_tensors(states, runner.logit_processor, True, args.batch, 0, use_padding=True)
+        data = io.get_model_kwargs(use_padding=True)
+        data["logits_to_keep"] = data["logits_indices"]
+        slots, ids = engine._loop.pages.slots_of(data), io.get_cb_kwargs()
+        forward = runner._forward_process_and_sample
+        variants: dict[str, tuple[AbstractContextManager[None], Callable[[], None]]] = {
+            "off": (nullcontext(), lambda: None),
+            "naive": (capture._tap.active(naive), lambda: capture._store.commit(naive, slots)),
+            "ours": (capture.forwards(), lambda: capture.after_forward(slots)),
+        }
+        graphs = {}
+        for name, (taps, commit) in variants.items():
+            with taps:
+                for _ in range(2):
+                    with torch.cuda.stream(io.compute_stream), torch.no_grad():
+                        forward(model, data, *ids)
+                        commit()
+                torch.cuda.synchronize()
+                graphs[name] = torch.cuda.CUDAGraph()
+                pool = {"pool": runner.graph_pool_id, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graphs[name], stream=io.compute_stream, **pool), torch.no_grad():
+                    forward(model, data, *ids)
+                    commit()
+        return graphs
+
+    graphs = build()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in tqdm(range(args.rounds * 100 + 20), desc="replays", mininterval=2):
+        for name, graph in graphs.items():
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            with torch.cuda.stream(io.compute_stream):
+                began.record()
+                graph.replay()
+                ended.record()
+            ended.synchronize()
+            if number >= 20:
+                times[name].append(began.elapsed_time(ended))
+    kernels = {name: count_kernels(graph) for name, graph in graphs.items()}
+    result = summary(times, unit="ms") | {"replays_of_each": args.rounds * 100, "kernels_per_step": kernels}
+    del graphs
+    engine.close()
+    return result
+
+
+def count_kernels(graph: torch.cuda.CUDAGraph) -> int:
+    """GPU kernels and copies of one replay, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Throughput of whole rollouts, alternating; host time of a step; synchronisations a step."""
+    vocab = model.config.vocab_size
+    prompts = torch.randint(0, vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    sampling = SamplingParams(args.new, do_sample=True, ignore_eos=True)
+    variants = {"off": False, "ours": True}
+    tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
+    host_ms: dict[str, dict[str, float]] = {}
+    synchronisations: dict[str, float] = {}
+
+    def rollout(engine: TransformersEngine, capture: bool) -> float:
+        began = time.perf_counter()
+        running = [engine.submit(prompt, sampling, return_routes=capture) for prompt in prompts]
+        results = [generation.result(600) for generation in running]
+        if capture:
+            assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
+        return args.batch * args.new / (time.perf_counter() - began)
+
+    engines = {} if args.one_at_a_time else {name: start(model, args, on) for name, on in variants.items()}
+    for number in tqdm(range(args.rounds + 1), desc="rounds", mininterval=2):
+        for name, on in variants.items():
+            engine = engines.get(name) or start(model, args, on)
+            if args.one_at_a_time or not number:
+                rollout(engine, on)  # warm-up
+            if number:
+                tokens_per_s[name].append(rollout(engine, on))
+            if number == args.rounds:
+                host_ms[name] = time_host(engine, lambda engine=engine, on=on: rollout(engine, on))  # type: ignore[misc]
+                if args.device != "cpu":
+                    synchronisations[name] = count_synchronisations(engine, lambda e=engine, on=on: rollout(e, on))  # type: ignore[misc]
+            if args.one_at_a_time:
+                engine.close()
+                del engine
+                gc.collect()
+                torch.cuda.empty_cache()
+    for engine in engines.values():
+        engine.close()
+    return summary(tokens_per_s, unit="tokens/s") | {
+        "rounds_of_each": args.rounds,
+        "work": {"requests": args.batch, "prompt": args.prompt, "new": args.new},
+        "host_ms_per_step": host_ms,
+        "synchronisations_per_step": synchronisations,
+    }
+
+
+def time_host(engine: TransformersEngine, rollout: Callable[[], Any]) -> dict[str, float]:
+    """Median milliseconds of the parts of a step on the generation thread; waiting for the device apart."""
+    processor = engine._manager.batch_processor
+    parts = {
+        "prepare": (processor, "prepare_next_batch"),
+        "launch": (processor, "_generation_step"),
+        "update, with wait": (processor, "update_batch"),
+        "wait": (processor.inputs_and_outputs, "prepare_batch_update"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    undo = []
+    for name, (owner, attribute) in parts.items():
+        own, had = getattr(owner, attribute), attribute in vars(owner)
+
+        def timed(*args: Any, own: Any = own, name: str = name, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return own(*args, **kwargs)
+            finally:
+                times[name].append(1e3 * (time.perf_counter() - began))
+
+        setattr(owner, attribute, timed)
+        undo.append((owner, attribute, own if had else None))
+    rollout()
+    for owner, attribute, value in undo:
+        setattr(owner, attribute, value) if value is not None else delattr(owner, attribute)
+    return {name: round(statistics.median(values), 4) for name, values in times.items()}
+
+
+def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any]) -> float:
+    """Calls that make the host wait for the device (stream, event, device), per step, on all threads."""
+    steps = 0
+    processor = engine._manager.batch_processor
+    own, had = processor._generation_step, "_generation_step" in vars(processor)
+
+    def count(model: Any) -> None:
+        nonlocal steps
+        steps += 1
+        own(model)
+
+    processor._generation_step = count
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        rollout()
+    if had:
+        processor._generation_step = own
+    else:
+        del processor._generation_step
+    calls = sum(
+        event.count for event in profile.key_averages() if "Synchronize" in event.key and event.key.startswith("cuda")
+    )
+    return round(calls / steps, 3)
+
+
+def summary(values: dict[str, list[float]], unit: str) -> dict[str, Any]:
+    """Medians, the middle half, and `off` against each variant as a ratio <= 1 where the variant costs something."""
+    medians = {name: statistics.median(some) for name, some in values.items()}
+    slower_is_more = unit == "ms"
+    return {
+        f"median_{unit}": {name: round(value, 4) for name, value in medians.items()},
+        "middle_half": {
+            name: [round(q, 4) for q in statistics.quantiles(some, n=4)[::2]] if len(some) > 1 else some
+            for name, some in values.items()
+        },
+        "ratio": {
+            name: round(medians["off"] / value if slower_is_more else value / medians["off"], 5)
+            for name, value in medians.items()
+        },
+        "paired_ratio_median": {
+            name: round(
+                statistics.median(a / b if slower_is_more else b / a for a, b in zip(values["off"], some, strict=True)),
+                5,
+            )
+            for name, some in values.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""The one file that knows the insides of transformers' continuous batching, in every supported release (5.17 to 5.23).
+
+`BatchLoop` stands beside a manager: it says where the tokens of a step go, tells a listener what becomes of a request's
+pages, and lets other threads act between two steps. What is joined and where:
+
+    prepare_next_batch          between two steps: run what other threads asked for
+      schedule_batch            nothing is scheduled while paused
+      clear_cancelled_requests  a cancelled request is over, and its partial output is delivered
+      offload, restore          a request is preempted; keys return from the host
+    _generation_step            a step is launched
+      _get_forward_fn           the forward and then the listener's commit; both inside the CUDA graph
+    update_batch                results of a step (with asynchronous batching, of the one before)
+      mark_*_complete           equal pages become one
+      copy                      a fork copies pages
+    free_blocks                 a request gives its pages back: finished, cancelled or preempted
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from moetrace.errors import CaptureError, EngineError
+from moetrace.recorder import StepSlots
+
+SUPPORTED = "transformers 5.17 to 5.23"
+
+
+class PageListener(Protocol):
+    """Someone who must know what happens to pages. All calls come from the generation thread, in order."""
+
+    def forwards(self) -> AbstractContextManager[None]:
+        """Open while a step's forward runs, is traced, or is captured in a CUDA graph."""
+        ...
+
+    def after_forward(self, step: StepSlots) -> None:
+        """A step's forward has been launched; part of the CUDA graph where there is one."""
+        ...
+
+    def settle(self) -> None:
+        """Pages that were given back are about to be written, or nothing may happen for long: gather them now, on the
+        current stream."""
+        ...
+
+    def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
+        """A request gives its pages back.
+
+        Args:
+            request_id: the request.
+            pages: its pages, in the order of its positions.
+            computed: how many of its positions hold what its tokens were really sampled from; None for all.
+            over: False if it will come back (preempted).
+        """
+        ...
+
+    def replaced(self, request_id: str, index: int, page: int) -> None:
+        """A request's page `index` was `page`; now it shares an equal one of another request."""
+        ...
+
+    def copied(self, sources: list[int], targets: list[int]) -> None:
+        """Pages are being copied, on the current stream."""
+        ...
+
+    def restored(self, request_id: str, pages: list[int]) -> None:
+        """A preempted request's keys have been moved from the host into these pages, on the current stream."""
+        ...
+
+
+class BatchLoop:
+    """One manager's loop. Joins it at once; `close` leaves it as it was.
+
+    Args:
+        manager: a `ContinuousBatchingManager` whose batch processor exists and whose thread has not been started.
+    """
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._processor = _require(manager, "batch_processor")
+        self._cache = _require(self._processor, "cache")
+        self._scheduler = _require(self._processor, "scheduler")
+        self._runner = _require(self._processor, "model_runner")
+        self._offloading = _require(self._processor, "offloading_manager")
+        self._wake_up = getattr(manager, "_wake_up_loop", None) or _require(manager, "_has_new_requests")
+        self.pages = _Pages(self._cache)
+        self.offloads_to_host = bool(getattr(manager.continuous_batching_config, "cpu_offload_space", 0))
+        self.paused = False
+        self._listener: PageListener | None = None
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._cancelled: dict[str, Any] = {}
+        self._preempting = False
+        self._stale: set[str] = set()
+        self._undo: list[Callable[[], None]] = []
+        self._join(self._processor, "prepare_next_batch", self._between_steps)
+        self._join(self._scheduler, "schedule_batch", self._schedule)
+        self._join(self._scheduler, "clear_cancelled_requests", self._cancel)
+        self._join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
+        self._join(self._cache, "free_blocks", self._free)
+        self._join(self._offloading, "offload_requests", self._preempt)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return torch.device(self._cache.device)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of one step, padding included."""
+        return self._cache.max_batch_tokens
+
+    def listen(self, listener: PageListener) -> None:
+        """Tell `listener` everything from now on."""
+        self._listener = listener
+        self._join(self._processor, "_generation_step", self._launch)
+        self._join(self._processor, "update_batch", self._update)
+        self._join(self._runner, "_get_forward_fn", self._forward_fn)
+        copy = "perform_cache_copy" if hasattr(self._cache, "perform_cache_copy") else "copy_cache"
+        self._join(self._cache, copy, self._copy)
+        self._join(self._offloading, "restore_scheduled_requests", self._restore)
+
+    def call(self, task: Callable[[], Any]) -> Future[Any]:
+        """Run `task` on the generation thread between two steps, on the compute stream; its result is the future's."""
+        future: Future[Any] = Future()
+        self._tasks.put((task, future))
+        self._wake_up.set()
+        return future
+
+    def pause(self) -> None:
+        """Launch no further step until `resume`; requests stay, and new ones wait."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.paused = False
+        self._wake_up.set()
+
+    def close(self) -> None:
+        """Leave the manager as it was; tasks that were never run fail."""
+        while self._undo:
+            self._undo.pop()()
+        while not self._tasks.empty():
+            self._tasks.get()[1].set_exception(EngineError("the engine stopped before this was done"))
+
+    def forget_prefixes(self) -> None:
+        """Share no page that exists now with a later request: its keys are of other weights. To be run by `call`."""
+        self._stale |= set(self._scheduler.active_requests)
+        if hasattr(self._cache, "cache_allocators"):  # 5.18 and later
+            self._cache.evict_cached_blocks()
+            for allocator in self._cache.cache_allocators.values():
+                allocator.ledger.hash_to_block.clear()
+                allocator.ledger.block_to_hash.clear()
+            return
+        blocks = self._cache._block_manager
+        for unused in blocks._init_block_ids:
+            blocks._id_to_block.pop(unused)
+            blocks._uninit_block_ids.append(unused)
+        blocks._init_block_ids.clear()
+        blocks._hash_to_id.clear()
+        for block in blocks._id_to_block.values():
+            block.hash = None
+
+    @contextmanager
+    def on_compute_stream(self) -> Any:
+        """The stream that steps run on, or nothing on a CPU."""
+        stream = self._processor.inputs_and_outputs.compute_stream
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            yield
+
+    def _join(self, owner: Any, name: str, step_in: Callable[..., Any]) -> None:
+        """Call `step_in(own, *args)` wherever the loop calls `owner.name(*args)`."""
+        own = _require(owner, name)
+
+        def joined(*args: Any, **kwargs: Any) -> Any:
+            return step_in(own, *args, **kwargs)
+
+        setattr(owner, name, joined)
+        self._undo.append(lambda: delattr(owner, name))
+
+    def _between_steps(self, own: Callable[[], bool]) -> bool:
+        while not self._tasks.empty():
+            task, future = self._tasks.get()
+            try:
+                with self.on_compute_stream(), torch.no_grad():
+                    future.set_result(task())
+            except Exception as error:  # the caller's error, not the loop's
+                future.set_exception(error)
+        return own()
+
+    def _schedule(self, own: Callable[..., Any], *budgets: int) -> Any:
+        if self.paused:
+            return [], False, 0, 0
+        requests, *rest = own(*budgets)
+        if requests and not self._processor.use_async_batching:
+            empty = [request.state for request in requests if not request.query_length]
+            if empty:
+                self._unfork(empty)
+                requests = [request for request in requests if request.query_length]
+                if not requests:
+                    return self._schedule(own, *budgets)
+        return requests, *rest
+
+    def _unfork(self, parents: list[Any]) -> None:
+        """A request is forked once all of its prompt but one token is computed. Where a shared prefix brings that much
+        at once, there is nothing to compute first, and a step without tokens fails: its forks become requests of their
+        own, which share the prefix too."""
+        scheduler = self._scheduler
+        scheduler._requests_to_fork = [state for state in scheduler._requests_to_fork if state not in parents]
+        for parent in parents:
+            count, parent.num_children = parent.num_children, 0
+            for number in range(count):
+                child = parent.create_equivalent_initial_request()
+                child.request_id = f"{parent.request_id}__child#{number}"
+                scheduler.add_waiting_request(child)
+
+    def _cancel(self, own: Callable[[], list[Any]]) -> list[Any]:
+        scheduler = self._scheduler
+        asked = set(scheduler._requests_to_cancel)
+        if not asked:
+            return own()
+        known = scheduler.active_requests | scheduler.waiting_requests
+        self._cancelled = {request_id: known[request_id] for request_id in asked & set(known)}
+        scheduler._requests_to_fork = [s for s in scheduler._requests_to_fork if s.request_id not in asked]
+        states = own()
+        scheduler.block_new_requests = False  # as when a request finishes: what was preempted has room now
+        for state in states:
+            state._status = RequestStatus.FINISHED  # a step in flight must not go on with it
+            self._deliver(state.to_generation_output())
+        for request_id in asked - set(self._cancelled):  # it is over already, or was to be forked later
+            if self._listener is not None:
+                self._listener.freed(request_id, [], 0, over=True)
+            self._deliver(GenerationOutput(request_id, status=RequestStatus.FINISHED))
+        self._cancelled = {}
+        if self._listener is not None:
+            with self.on_compute_stream():
+                self._listener.settle()
+        return states
+
+    def _deliver(self, output: GenerationOutput) -> None:
+        """Through the engine's own queue, so that what it delivered before comes first."""
+        self._processor.output_router.deliver(output)
+
+    def _preempt(self, own: Callable[[], Any]) -> Any:
+        self._preempting = True
+        try:
+            return own()
+        finally:
+            self._preempting = False
+
+    def _free(self, own: Callable[..., None], request_id: str, *args: Any, **kwargs: Any) -> None:
+        if not (self._preempting and self.offloads_to_host):
+            self._stale.discard(request_id)  # what comes back is computed anew
+        if self._listener is not None:
+            pages = list(self.pages.table.get(request_id, ()))
+            if request_id in self._cancelled:
+                computed = self._cancelled[request_id].position_offset
+                self._listener.freed(request_id, pages, computed, over=True)
+            elif self._preempting:
+                state = self._scheduler.active_requests[request_id]
+                # The result of a step in flight is thrown away: its token is sampled again.
+                known = len(state.initial_tokens) + len(state.generated_tokens) - 1
+                self._listener.freed(request_id, pages, min(state.position_offset, known), over=False)
+            else:
+                self._listener.freed(request_id, pages, None, over=True)
+        own(request_id, *args, **kwargs)
+
+    def _mark_complete(self, own: Callable[..., None], state: Any, complete: Any) -> None:
+        if not complete or state.request_id in self._stale:
+            return
+        table = self.pages.table.get(state.request_id, [])
+        before = list(table)
+        own(state, complete)
+        if self._listener is not None:
+            for index, (was, now) in enumerate(zip(before, table, strict=True)):
+                if was != now:
+                    self._listener.replaced(state.request_id, index, was)
+
+    def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
+        assert self._listener is not None
+        with self.on_compute_stream():
+            self._listener.settle()
+        own(model)
+
+    def _update(self, own: Callable[[], None]) -> None:
+        assert self._listener is not None
+        try:
+            own()
+        finally:
+            with self.on_compute_stream():
+                self._listener.settle()
+
+    def _forward_fn(self, own: Callable[..., tuple[Callable, bool]], use_block_table: bool) -> tuple[Callable, bool]:
+        forward, in_graph = own(use_block_table)
+
+        def forward_and_commit(model: nn.Module, batch_data: dict[str, Any], *rest: Any) -> None:
+            assert self._listener is not None
+            with self._listener.forwards():
+                forward(model, batch_data, *rest)
+            self._listener.after_forward(self.pages.slots_of(batch_data))
+
+        return forward_and_commit, in_graph
+
+    def _copy(self, own: Callable[..., None], *blocks: Any) -> None:
+        assert self._listener is not None
+        sources, targets = blocks[0][self.pages.kind] if len(blocks) == 1 else blocks
+        if sources:
+            self._listener.copied(list(sources), list(targets))
+        own(*blocks)
+
+    def _restore(self, own: Callable[[list[Any]], None], requests: list[Any]) -> None:
+        returning = [request.state for request in requests if request.state.is_cpu_offloaded]
+        own(requests)
+        for state in returning:
+            with self.on_compute_stream():
+                assert self._listener is not None
+                self._listener.restored(state.request_id, list(self.pages.table[state.request_id]))
+
+
+class _Pages:
+    """Which slots of the cache hold which positions. The full-attention layers keep every position; a model without
+    any keeps the last `window` of them."""
+
+    def __init__(self, cache: Any) -> None:
+        self.window: int | None = None
+        if hasattr(cache, "cache_allocators"):  # 5.18 and later
+            self.kind = "full_attention" if "full_attention" in cache.cache_allocators else "sliding_attention"
+            allocator = _require(cache, "cache_allocators")[self.kind]
+            self.page_size = _require(allocator, "tokens_per_page")
+            self._write_stride = _require(allocator, "block_physical_stride")
+            self._group = _require(allocator, "index")
+            self.num_pages = cache.cache_tensor.nbytes // allocator.bytes_per_block  # those for padding too
+        else:
+            allocators = _require(cache, "group_cache_managers")
+            full = [allocator for allocator in allocators if "Full" in type(allocator).__name__]
+            allocator = (full or allocators)[0]
+            self.kind = "full_attention" if full else "sliding_attention"
+            self.page_size = self._write_stride = _require(cache, "block_size")
+            self._group = _require(allocator, "_index")
+            self.num_pages = cache.num_blocks + 2  # two for padding
+        if self.kind == "sliding_attention":
+            self.window = _require(allocator, "sliding_window")
+        self.table: dict[str, list[int]] = _require(allocator, "block_table")
+
+    def slots_of(self, batch_data: dict[str, Any]) -> StepSlots:
+        """Where the tokens of a step go, from what the engine passes to the model."""
+        tokens_N = batch_data["input_ids"].view(-1)
+        if batch_data["block_table"] is not None:
+            return StepSlots(
+                tokens_N,
+                self._write_stride // self.page_size,
+                block_table_RB=batch_data["block_table"][self._group],
+                positions_N=batch_data["position_ids"].view(-1),
+            )
+        return StepSlots(tokens_N, self._write_stride, write_index_N=batch_data["write_index"][self._group])
+
+
+def _mark_complete_name(cache: Any) -> str:
+    return "mark_complete_blocks" if hasattr(cache, "mark_complete_blocks") else "mark_shareable_blocks_as_complete"
+
+
+def _require(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        raise CaptureError(
+            f"transformers' {type(owner).__name__} has no {name!r}",
+            expected=SUPPORTED,
+            fix="Install a supported release, or open an issue with the version.",
+        )
+    return getattr(owner, name)

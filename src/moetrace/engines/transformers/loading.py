@@ -1,0 +1,155 @@
+"""From a path and knobs to a model on its device, and to the knobs of continuous batching."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
+
+from moetrace.engines.base import EngineConfig
+from moetrace.errors import EngineError, NotMoeError
+from moetrace.routers import config_layout
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PLANS = ("none", "tp", "ep")
+
+
+def load_tokenizer(path: str) -> Any | None:
+    """The checkpoint's tokenizer, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        logger.warning("%s has no usable tokenizer; serving token ids only (%s)", path, str(error).split("\n")[0])
+        return None
+
+
+def load_model(path: str, config: EngineConfig, *, require_moe: bool, device: str | None = None) -> PreTrainedModel:
+    """Load a causal language model for an engine or a trainer; see `TransformersEngine.load` for errors.
+
+    Args:
+        path: checkpoint folder, or a name that transformers can resolve.
+        config: its knobs for loading count here.
+        require_moe: refuse a dense model before its weights are loaded.
+        device: where to, instead of `config.device`.
+    """
+    if config.parallel not in _PLANS:
+        raise EngineError("parallel is unknown", expected=" or ".join(_PLANS), got=config.parallel)
+    if config.dtype not in _DTYPES:
+        raise EngineError("dtype is unknown", expected=" or ".join(_DTYPES), got=config.dtype)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        raise EngineError(
+            f"there is no model at {path!r}",
+            expected="a checkpoint folder with config.json",
+            got="a folder without one" if Path(path).is_dir() else "no such folder",
+            fix="Pass the folder that save_pretrained wrote.",
+        )
+    path = str(Path(path).expanduser()) if looks_local else path
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(f"cannot read the model {path!r} ({error})") from error
+    if require_moe:
+        try:
+            config_layout(model_config)
+        except NotMoeError as error:
+            raise NotMoeError(
+                f"{path!r} is a dense model: there are no routed experts to return",
+                expected="a Mixture-of-Experts checkpoint",
+                got=model_config.model_type,
+                fix="Start without --enable-return-routed-experts.",
+            ) from error
+    optional = {
+        name: value
+        for name in ("attn_implementation", "experts_implementation")
+        if (value := getattr(config, name)) != "auto"
+    }
+    if config.parallel != "none" and device is None:
+        optional["distributed_config"] = _parallel_plan(config.parallel)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, **optional)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise EngineError(f"cannot load the model {path!r} ({error})") from error
+    if "distributed_config" not in optional:  # else every rank has its part where it belongs
+        model = model.to(_device(device or config.device))
+    return model.eval()
+
+
+def _parallel_plan(plan: str) -> Any:
+    """transformers' plan over all processes that torchrun started."""
+    from transformers.distributed import DistributedConfig
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2:
+        raise EngineError(
+            f"parallel={plan!r} needs several processes",
+            expected="torchrun --nproc-per-node N -m moetrace ...",
+            got=f"WORLD_SIZE={size}",
+        )
+    sizes: dict[str, Any] = {}
+    if plan == "ep":  # 5.17 has a switch, later releases a size
+        by_size = "ep_size" in DistributedConfig.__dataclass_fields__
+        sizes = {"ep_size": size} if by_size else {"enable_expert_parallel": True}
+    return DistributedConfig(tp_size=size, tp_plan="auto", **sizes)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"device {name!r} cannot be used ({error})", fix="Pass --device cpu.") from error
+
+
+def eos_token_ids(model: Any) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    eos = model.config.get_text_config().eos_token_id if eos is None else eos
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def window_of(text_config: Any, config: EngineConfig) -> int:
+    """Longest sequence: the model's window, or less where the user asked for less."""
+    window, asked = getattr(text_config, "max_position_embeddings", None), config.max_model_len
+    if asked is None:
+        if window is None:
+            raise EngineError("the model states no window", fix="Pass --max-model-len.")
+        return int(window)
+    if asked < 2 or (window is not None and asked > window):
+        raise EngineError("max_model_len is out of range", expected=f"2 <= max_model_len <= {window}", got=asked)
+    return asked
+
+
+def batching_config(device: torch.device, window: int, config: EngineConfig) -> ContinuousBatchingConfig:
+    """Sized to the model on CPU (a cache that takes the machine's memory helps nobody there), by memory on CUDA."""
+    on_cpu = device.type == "cpu"
+    if on_cpu and config.cpu_offload_gib:
+        raise EngineError("cpu_offload_gib needs a GPU", expected="0 on a CPU", got=config.cpu_offload_gib)
+    page_size = config.page_size or (32 if on_cpu else 256)
+    cache_tokens = config.kv_cache_tokens or (min(16 * window, 1 << 16) if on_cpu else None)
+    values: dict[str, Any] = {
+        "block_size": page_size,
+        "num_blocks": None if cache_tokens is None else -(-cache_tokens // page_size),
+        "max_batch_tokens": config.max_batch_tokens or (512 if on_cpu else None),
+        "max_requests_per_batch": config.max_running_requests or (64 if on_cpu else None),
+        "allow_block_sharing": config.prefix_sharing,
+        "return_logprobs": True,
+        "seed": config.seed,
+        "per_request_processors": True,
+        "default_compile_level": config.compile_level,
+        "cpu_offload_space": config.cpu_offload_gib,
+    }
+    known = ContinuousBatchingConfig.__dataclass_fields__
+    if "page_size" in known:  # 5.18 and later call it so
+        values["page_size"] = values.pop("block_size")
+    return ContinuousBatchingConfig(**{name: value for name, value in values.items() if value is not None})
+
+
+def page_size_of(batching_config: Any) -> int:
+    return getattr(batching_config, "page_size", None) or batching_config.block_size

@@ -1,0 +1,83 @@
+"""The commit kernel. Imported on CUDA only.
+
+One program writes one token's row: read as L runs of K int64, written as one run of L * K bytes (or pairs of bytes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from moetrace.recorder.commit import StepSlots
+    from moetrace.recorder.rows import RowStore
+
+_MAX_BLOCK = 1024
+
+
+@triton.jit
+def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    ids,
+    rows,
+    marks,
+    tokens,
+    version,
+    places,
+    positions,
+    num_slots,
+    layer_stride,
+    table_width,
+    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BY_TABLE: tl.constexpr,
+    K: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    if BY_TABLE:
+        position = tl.load(positions + n).to(tl.int64)
+        place = tl.load(places + n * table_width + position // PAGE).to(tl.int64)
+        offset = position % PAGE
+    else:
+        place = tl.load(places + n).to(tl.int64)
+        offset = place % STRIDE
+    slot = place // STRIDE * PAGE + offset
+    if (place >= 0) & (slot < num_slots):  # padding has no place, or one that nobody reads
+        for first in tl.static_range(0, ROW, BLOCK):
+            lane = first + tl.arange(0, BLOCK)
+            source = (lane // K).to(tl.int64) * layer_stride + n * K + lane % K
+            value = tl.load(ids + source, mask=lane < ROW)
+            tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=lane < ROW)
+        tl.store(marks + slot * 2, tl.load(tokens + n).to(tl.int32))
+        tl.store(marks + slot * 2 + 1, tl.load(version))
+
+
+def launch(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) -> None:
+    """Run the kernel on the current stream; arguments as for `commit_rows`. It can be captured in a CUDA graph."""
+    by_table = step.write_index_N is None
+    places = step.block_table_RB if by_table else step.write_index_N
+    assert places is not None
+    row = store.rows_SR.shape[1]
+    _commit[(len(step.tokens_N),)](
+        ids_LNK,
+        store.rows_SR,
+        store.marks_S2,
+        step.tokens_N,
+        store.version_1,
+        places,
+        step.positions_N if by_table else step.tokens_N,
+        len(store.rows_SR),
+        ids_LNK.stride(0),
+        places.stride(0),
+        PAGE=store.page_size,
+        STRIDE=step.stride,
+        BY_TABLE=by_table,
+        K=ids_LNK.shape[2],
+        ROW=row,
+        BLOCK=min(triton.next_power_of_2(row), _MAX_BLOCK),
+        num_warps=4,
+    )

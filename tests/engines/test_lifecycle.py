@@ -1,0 +1,437 @@
+"""What a rollout does to a running engine: forks, stops, aborts, pauses, new weights. Every row stays right."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dye import Dye
+from test_transformers_engine import CAPTURE, assert_dyed, count_computed, generate, prompts_of
+from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
+
+from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.transformers import TransformersEngine
+from moetrace.errors import CaptureError, EngineError, RequestError
+from moetrace.trace import WeightSpan
+
+TINY = "models/tiny-qwen3-moe"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def dye() -> Dye:
+    return Dye()
+
+
+@pytest.fixture
+def make_engine():
+    engines = []
+
+    def make(model: Any, tokenizer: Any = None, **knobs: Any) -> TransformersEngine:
+        knobs = {**CAPTURE, "kv_cache_tokens": 1 << 15, **knobs}
+        engines.append(TransformersEngine(model.to(DEVICE), EngineConfig(**knobs), tokenizer))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def assert_partial(dye: Dye, result: GenerateResult, reason: str = "abort") -> None:
+    """Whatever was computed has its row, and the row is right."""
+    assert result.finish_reason == reason
+    tokens = result.prompt_tokens + result.output_tokens
+    assert result.output_tokens == dye.continuation(result.prompt_tokens[-1], len(result.output_tokens))
+    assert len(result.logprobs) == len(result.output_tokens)
+    trace = result.trace
+    assert trace is not None
+    assert trace.num_rows == len(tokens) - 1
+    np.testing.assert_array_equal(trace.experts_TLK[trace.valid_T], dye.routes(tokens)[:-1][trace.valid_T])
+    if result.output_tokens:
+        assert trace.valid_T.all()
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize("n", [2, 5])
+def test_forks_return_n_sequences_each_with_all_its_rows(dye: Dye, make_engine, n: int, prefix_sharing: bool) -> None:
+    engine = make_engine(dye.model(), prefix_sharing=prefix_sharing)
+    computed = count_computed(engine)
+    prompts = [prompt for prompt in prompts_of(dye, 8, shared=40, seed=3) if len(prompt) > 1]
+    generations = [engine.submit(prompt, SamplingParams(9, n=n), return_routes=True) for prompt in prompts]
+    for prompt, generation in zip(prompts, generations, strict=True):
+        results = generation.results(60)
+        assert len(results) == n
+        for result in results:
+            assert result.prompt_tokens == prompt
+            assert len(result.output_tokens) == 9
+            assert_dyed(dye, result)
+    assert len(computed) < sum(len(prompt) + n * 9 for prompt in prompts)  # prompts were computed once
+    assert not engine._capture._histories
+
+
+def test_forks_of_a_sampled_request_differ(make_engine) -> None:
+    engine = TransformersEngine.load(TINY, EngineConfig(**CAPTURE))
+    try:
+        results = engine.submit(list(b"And God said"), SamplingParams(12, do_sample=True, n=4)).results(60)
+        assert len({tuple(result.output_tokens) for result in results}) > 1
+        assert len({result.output_tokens[0] for result in results}) > 1  # the first token is sampled for each
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("prompt", [[7], list(range(33)), list(range(32))], ids=len)
+def test_forks_with_nothing_left_to_compute_before_the_fork(dye: Dye, make_engine, prompt: list[int]) -> None:
+    engine = make_engine(dye.model(), page_size=16)
+    for _ in range(2):  # the second time, all full pages of the prompt are there already
+        for result in engine.submit(prompt, SamplingParams(3, n=3), return_routes=True).results(60):
+            assert len(result.output_tokens) == 3
+            assert_dyed(dye, result)
+
+
+def test_forks_in_a_starved_cache(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), kv_cache_tokens=256, max_batch_tokens=48)
+    prompts = [prompt for prompt in prompts_of(dye, 10, shared=20, longest=30) if len(prompt) > 1]
+    generations = [engine.submit(prompt, SamplingParams(40, n=3), return_routes=True) for prompt in prompts]
+    for generation in generations:
+        for result in generation.results(120):
+            assert_dyed(dye, result)
+
+
+def test_a_stop_token_ends_a_sequence_and_is_its_last(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    result = engine.submit([5, 6], SamplingParams(20, stop_token_ids=(11, 90)), return_routes=True).result(60)
+    assert result.output_tokens == [7, 8, 9, 10, 11]
+    assert result.finish_reason == "stop"
+    assert_dyed(dye, result)
+
+
+class Letters:
+    """A tokenizer of which token v is letter v; two tokens are parts of one character."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("A") + token) for token in tokens)
+
+
+def test_a_stop_text_ends_a_sequence_at_the_token_that_completes_it(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), Letters())
+    for n in (1, 3):
+        sampling = SamplingParams(60, stop=("XYZ", "JKL"), n=n)
+        for result in engine.submit([3, 4], sampling, return_routes=True).results(60):
+            assert result.output_tokens == [5, 6, 7, 8, 9, 10, 11]  # F G H I J K L
+            assert result.finish_reason == "stop"
+            assert_dyed(dye, result)
+
+
+def test_a_stop_text_that_spans_the_prompt_does_not_count(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), Letters())
+    result = engine.submit([3, 4], SamplingParams(6, stop=("EF",)), return_routes=True).result(60)
+    assert (len(result.output_tokens), result.finish_reason) == (6, "length")
+
+
+def test_stop_texts_in_real_text() -> None:
+    engine = TransformersEngine.load(TINY, EngineConfig(**CAPTURE))
+    try:
+        prompt = AutoTokenizer.from_pretrained(TINY).encode("In the beginning God created the heaven and")
+        whole = engine.submit(prompt, SamplingParams(40)).result(60)
+        text = bytes(whole.output_tokens).decode()
+        stop = text[10:14]
+        cut = engine.submit(prompt, SamplingParams(40, stop=(stop,)), return_routes=True).result(60)
+        assert cut.output_tokens == whole.output_tokens[: text.index(stop) + len(stop)]
+        assert cut.trace is not None
+        assert cut.trace.valid_T.all()
+    finally:
+        engine.close()
+
+
+def test_stop_texts_without_a_tokenizer_are_refused(dye: Dye, make_engine) -> None:
+    with pytest.raises(RequestError, match="tokenizer"):
+        make_engine(dye.model()).submit([1], SamplingParams(4, stop=("x",)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 0), ("stop", ("",))])
+def test_new_sampling_parameters_out_of_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.02, 0.1, 0.3])
+def test_aborted_requests_return_what_there_is(dye: Dye, make_engine, wait_s: float) -> None:
+    engine = make_engine(dye.model(), max_batch_tokens=32, kv_cache_tokens=2048)
+    prompts = prompts_of(dye, 20, shared=40, seed=5)
+    generations = [
+        engine.submit(p, SamplingParams(200, n=1 + i % 2), return_routes=True) for i, p in enumerate(prompts)
+    ]
+    time.sleep(wait_s)
+    kept = generations[3]
+    for generation in generations:
+        if generation is not kept:
+            engine.abort(generation.request_id)
+    for generation in generations:
+        for result in generation.results(60):
+            if generation is kept:
+                assert_dyed(dye, result)
+            else:
+                assert_partial(dye, result)
+    assert not engine._capture._histories
+    assert engine.submit([1, 2], SamplingParams(3)).result(60).output_tokens == [3, 4, 5]
+
+
+def test_preempted_requests_go_on_after_everything_that_ran_was_aborted(dye: Dye, make_engine) -> None:
+    """transformers admits nobody after a preemption until a request finishes; an aborted one counts too."""
+    engine = make_engine(dye.model(), kv_cache_tokens=160, max_batch_tokens=48)
+    loop = engine._loop
+    generations = [engine.submit(prompt, SamplingParams(90), return_routes=True) for prompt in prompts_of(dye, 6)]
+    while not loop._scheduler.block_new_requests:
+        time.sleep(0.001)
+    loop.call(lambda: [engine.abort(name) for name in list(loop._scheduler.active_requests)]).result(60)
+    results = [generation.result(60) for generation in generations]
+    assert {result.finish_reason for result in results} == {"abort", "length"}
+    for result in results:
+        assert_partial(dye, result, result.finish_reason)
+
+
+def test_aborting_everything_twice_and_a_stranger_is_harmless(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    generation = engine.submit([1, 2], SamplingParams(400), return_routes=True)
+    engine.abort()
+    engine.abort()
+    engine.abort("nobody")
+    assert_partial(dye, generation.result(60))
+    done = engine.submit([1, 2], SamplingParams(3), return_routes=True)
+    assert_dyed(dye, done.result(60))
+    engine.abort(done.request_id)
+    assert_dyed(dye, done.result(60))
+
+
+def test_prefixes_of_aborted_requests_are_shared_with_right_rows(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), max_batch_tokens=16)
+    prompt = prompts_of(dye, 1, seed=8, longest=90)[0] + list(range(60))
+    first = engine.submit(prompt, SamplingParams(300), return_routes=True)
+    time.sleep(0.15)
+    engine.abort()
+    assert_partial(dye, first.result(60))
+    for result in generate(engine, [prompt, prompt[:40], [*prompt, 3]]):
+        assert_dyed(dye, result)
+
+
+def test_a_paused_engine_computes_nothing_and_then_goes_on(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    computed = count_computed(engine)
+    running = [engine.submit(prompt, SamplingParams(300), return_routes=True) for prompt in prompts_of(dye, 4)]
+    time.sleep(0.05)
+    engine.pause()
+    time.sleep(0.3)
+    before = len(computed)
+    waiting = engine.submit([1, 2, 3], SamplingParams(4), return_routes=True)
+    aborted = engine.submit([4, 5], SamplingParams(4), return_routes=True)
+    engine.abort(aborted.request_id)
+    engine.abort(running[0].request_id)
+    assert_partial(dye, aborted.result(60))
+    assert_partial(dye, running[0].result(60))
+    time.sleep(0.3)
+    assert len(computed) == before
+    assert not waiting.futures[0].done()
+    engine.resume()
+    for generation in [waiting, *running[1:]]:
+        assert_dyed(dye, generation.result(60))
+
+
+def test_a_paused_engine_can_be_closed(dye: Dye) -> None:
+    engine = TransformersEngine(dye.model(), EngineConfig(**CAPTURE))
+    engine.pause()
+    generation = engine.submit([1, 2, 3], SamplingParams(4), return_routes=True)
+    engine.close()
+    assert_dyed(dye, generation.result(1))
+
+
+def rerouted(dye: Dye) -> tuple[Dye, dict[str, torch.Tensor]]:
+    """A dye of the same shape that routes otherwise, and its weights."""
+    other = Dye()
+    other.route = lambda token, layer: dye.route((token + 31) % dye.vocab, layer)  # type: ignore[method-assign]
+    return other, other.model().state_dict()
+
+
+def test_new_weights_number_the_rows_and_old_pages_are_not_served_as_new(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), weight_version="old")
+    other, weights = rerouted(dye)
+    prompts = prompts_of(dye, 6, shared=64)
+    for result in generate(engine, prompts):
+        assert_dyed(dye, result)
+    engine.update_weights(weights, "new")
+    assert engine.weight_version == "new"
+    for result in generate(engine, prompts) + generate(engine, prompts):
+        assert_dyed(other, result)
+        assert result.trace is not None
+        assert result.trace.weight_spans == (WeightSpan(0, "new"),)
+
+
+def test_a_request_under_way_has_rows_of_both_weights_and_says_where(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), weight_version="old")
+    other, weights = rerouted(dye)
+    prompts = prompts_of(dye, 6, shared=64)
+    running = [engine.submit(prompt, SamplingParams(300), return_routes=True) for prompt in prompts]
+    time.sleep(0.1)
+    engine.update_weights(weights, "new")
+    later = [engine.submit(prompt, SamplingParams(5), return_routes=True) for prompt in prompts]
+    split_somewhere = 0
+    for generation in running:
+        result = generation.result(60)
+        tokens = (result.prompt_tokens + result.output_tokens)[:-1]
+        trace = result.trace
+        assert trace is not None
+        assert trace.valid_T.all()
+        spans = list(trace.weight_spans)
+        split_somewhere += len(spans) == 2
+        assert [span.version for span in spans] in (["old", "new"], ["new"], ["old"])
+        split = spans[1].start if len(spans) == 2 else 0 if spans[0].version == "new" else len(tokens)
+        np.testing.assert_array_equal(trace.experts_TLK[:split], dye.routes(tokens)[:split])
+        np.testing.assert_array_equal(trace.experts_TLK[split:], other.routes(tokens)[split:])
+    assert split_somewhere
+    for generation in later:
+        assert_dyed(other, generation.result(60))
+    for result in generate(engine, prompts):  # pages that were completed across the update are not shared either
+        assert_dyed(other, result)
+
+
+def broken(weights: dict[str, torch.Tensor]) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    name = "model.layers.1.mlp.gate.weight"
+    return [
+        ("missing", {key: value for key, value in weights.items() if key != name}),
+        ("not the model's", {**weights, "extra": torch.zeros(1)}),
+        ("shape", {**weights, name: weights[name][:, :-1]}),
+        ("kind of numbers", {**weights, name: weights[name].long()}),
+        ("not finite", {**weights, name: weights[name] * float("nan")}),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_weights_that_do_not_fit_change_nothing(dye: Dye, make_engine, case: int) -> None:
+    engine = make_engine(dye.model(), weight_version="old")
+    message, weights = broken(rerouted(dye)[1])[case]
+    with pytest.raises(EngineError, match=message):
+        engine.update_weights(weights, "new")
+    assert engine.weight_version == "old"
+    assert_dyed(dye, generate(engine, [[1, 2, 3]])[0])
+
+
+def test_new_weights_from_a_checkpoint_folder(dye: Dye, make_engine, tmp_path) -> None:
+    engine = make_engine(dye.model())
+    other = rerouted(dye)[0]
+    other.model().save_pretrained(tmp_path)
+    engine.update_weights(str(tmp_path), "new")
+    assert_dyed(other, generate(engine, [[1, 2, 3]])[0])
+
+
+def gpt_oss(window: int = 16) -> GptOssForCausalLM:
+    """Alternating sliding-window and full attention."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=window,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return GptOssForCausalLM(config).eval()
+
+
+def test_hybrid_attention_keeps_every_row_beyond_the_window(make_engine) -> None:
+    """GPT-OSS, against batch-1 eager forwards of the same tokens; no two of its random scores are close."""
+    import moetrace
+
+    model = gpt_oss()
+    model.set_attn_implementation("eager")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 64, int(n)).tolist() for n in rng.integers(1, 60, 6)]
+    engine = make_engine(model, max_batch_tokens=40)
+    generations = [engine.submit(p, SamplingParams(50, n=1 + i % 2), return_routes=True) for i, p in enumerate(prompts)]
+    results = [result for generation in generations for result in generation.results(120)]
+    engine.close()
+    for result in results:
+        tokens = torch.tensor([result.prompt_tokens + result.output_tokens], device=DEVICE)
+        with torch.no_grad(), moetrace.record(model) as recording:
+            model(input_ids=tokens[:, :-1], use_cache=False)
+        assert result.trace is not None
+        assert result.trace.valid_T.all()
+        (expected,) = recording.traces(tokens[:, :-1])
+        np.testing.assert_array_equal(result.trace.experts_TLK, expected.experts_TLK)
+
+
+def test_a_model_with_sliding_attention_only_is_refused_beyond_its_window_and_right_within() -> None:
+    dye = Dye(num_layers=3)
+    dye.config.layer_types = None
+    dye.config.sliding_window = 64
+    model = dye.model()
+    model.config.layer_types, model.config.sliding_window = ["sliding_attention"] * 3, 64
+    with pytest.raises(CaptureError, match="sliding"):
+        TransformersEngine(model, EngineConfig(**CAPTURE))
+    engine = TransformersEngine(model, EngineConfig(**CAPTURE, max_model_len=64))
+    try:
+        for result in generate(engine, prompts_of(dye, 8, longest=50)):
+            assert_dyed(dye, result)
+    finally:
+        engine.close()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_capture_lives_inside_torch_compile(make_engine) -> None:
+    """The whole forward is one graph of torch.compile, taps included."""
+    dye = Dye(vocab=48, num_experts=16, num_layers=2)
+    engine = make_engine(dye.model(), compile_level=1, max_batch_tokens=32, kv_cache_tokens=1024)
+    assert engine._manager.batch_processor.model_runner._compiled_varlen is not None
+    for result in generate(engine, prompts_of(dye, 6, longest=40)):
+        assert_dyed(dye, result)
+
+
+def test_many_threads_submit_abort_pause_and_update(dye: Dye, make_engine) -> None:
+    """No deadlock, no lost future; rows are those of one of the two weights."""
+    engine = make_engine(dye.model(), weight_version="0", kv_cache_tokens=1024)
+    other, weights = rerouted(dye)
+    own = {name: tensor.clone() for name, tensor in dye.model().state_dict().items()}
+    stop = threading.Event()
+
+    def trouble() -> None:
+        for i in range(1, 7):
+            engine.pause()
+            engine.update_weights(weights if i % 2 else own, str(i))
+            engine.resume()
+            time.sleep(0.05)
+        stop.set()
+
+    thread = threading.Thread(target=trouble)
+    thread.start()
+    rng = np.random.default_rng(1)
+    generations = []
+    while not stop.is_set():
+        prompt = rng.integers(0, dye.vocab, int(rng.integers(1, 40))).tolist()
+        generations.append(engine.submit(prompt, SamplingParams(int(rng.integers(1, 30)), n=2), return_routes=True))
+        if rng.random() < 0.3:
+            engine.abort(generations[int(rng.integers(len(generations)))].request_id)
+        time.sleep(0.005)
+    thread.join()
+    for generation in generations:
+        for result in generation.results(120):
+            trace, tokens = result.trace, result.prompt_tokens + result.output_tokens
+            assert trace is not None
+            spans = [*trace.weight_spans, WeightSpan(trace.num_rows, "")]
+            routes = [dye.routes(tokens)[:-1], other.routes(tokens)[:-1]]
+            for span, following in itertools.pairwise(spans):
+                rows = slice(span.start, following.start)
+                valid = trace.valid_T[rows]
+                expected = routes[int(span.version) % 2][rows]
+                np.testing.assert_array_equal(trace.experts_TLK[rows][valid], expected[valid])
