@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+PART_PATTERN = ".*." + "[0-9a-f]" * 32
+"""What the hidden names look like: a glob that no other file matches."""
+
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:

@@ -15,6 +15,7 @@ import pytest
 from traces import refused
 
 from moetrace.errors import StoreError
+from moetrace.files import PART_PATTERN, whole_file
 from moetrace.stores import DirectoryStore, MemoryStore, Store, open_store
 from moetrace.stores.remote import RemoteStore
 from moetrace.stores.shared import SharedMemoryStore
@@ -147,12 +148,19 @@ def test_what_is_no_plain_file_is_not_read(kind: str, tmp_path: Path) -> None:
 def test_what_a_dead_writer_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path)
     store.write("kept", b"1")
-    for name, age in ((".old.123", 7200), (".new.456", 0)):
+    old, new = f".old.{'0f' * 16}", f".new.{'a1' * 16}"
+    for name, age in ((old, 7200), (new, 0), (".config.yaml", 7200)):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     assert store.entries() == [entry for entry in store.entries() if entry.name == "kept"]
     assert store.sweep() == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.456", "kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config.yaml", new, "kept"]
+
+
+def test_what_is_half_written_has_the_name_that_is_swept(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a.b"):
+        assert [path.name for path in tmp_path.glob(PART_PATTERN)] == [path.name for path in tmp_path.iterdir()]
+        assert list(tmp_path.glob(PART_PATTERN))
 
 
 WRITER = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moetrace.container import FileSource
 from moetrace.errors import StoreError
-from moetrace.files import write_whole
+from moetrace.files import PART_PATTERN, write_whole
 from moetrace.stores.base import Entry, missing, require_name
 
 _ABANDONED_S = 3600.0
@@ -55,7 +55,7 @@ class DirectoryStore:
     def sweep(self) -> int:
         """Remove what writers that died have left half-written; returns how many files that were."""
         removed = 0
-        for item in self.path.glob(".*.*"):
+        for item in self.path.glob(PART_PATTERN):
             try:
                 if item.lstat().st_mtime < time.time() - _ABANDONED_S:
                     item.unlink()
