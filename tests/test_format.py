@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
+import itertools
 import os
 import struct
 import subprocess
@@ -16,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from containers import KEY as SPECIFIED_KEY
+from containers import canonical, read_by_hand, sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import EDGE_EXPERTS, assert_contract, make_trace, refused, routing_traces, sha256_of
+from traces import EDGE_EXPERTS, assert_contract, make_trace, routing_traces, sha256_of
 
-from moetrace.errors import FormatError
-from moetrace.format import KEY, VERSION, load, load_file, save, save_file
+from moetrace import codecs
+from moetrace.format import KEY, VERSION, load, load_file, open_file, save, save_file
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
@@ -35,107 +36,113 @@ TRACE = RoutingTrace.build(
     fingerprint="f",
     engine="e",
 )
-CONTENT: dict[str, Any] = {
-    "version": 1,
-    "traces": [
-        {
-            "codec": "raw",
-            "engine": "e",
-            "fingerprint": "f",
-            "layers": [1, 3],
-            "num_experts": 8,
-            "num_rows": 3,
-            "num_tokens": 4,
-            "order": "rank",
-            "start": 0,
-            "token_sha256": sha256_of([11, 12, 13, 70_000]),
-            "top_k": 2,
-            "weight_spans": [{"start": 0, "version": "a"}, {"start": 2, "version": "b"}],
-        }
-    ],
+HEADER: dict[str, Any] = {
+    "codec": "raw",
+    "engine": "e",
+    "fingerprint": "f",
+    "layers": [1, 3],
+    "num_experts": 8,
+    "num_rows": 3,
+    "num_tokens": 4,
+    "num_valid": 2,
+    "order": "rank",
+    "start": 0,
+    "token_bits": 17,
+    "token_sha256": sha256_of([11, 12, 13, 70_000]),
+    "top_k": 2,
+    "weight_spans": [{"start": 0, "version": "a"}, {"start": 2, "version": "b"}],
 }
-TENSORS: dict[str, tuple[str, list[int], bytes]] = {
-    "0.experts": ("U8", [3, 2, 2], bytes([0, 7, 2, 1, 0, 0, 0, 0, 5, 6, 3, 4])),
-    "0.tokens": ("U32", [4], struct.pack("<4I", 11, 12, 13, 70_000)),
-    "0.valid": ("U8", [1], bytes([0b10100000])),
+# 17 bits: a plane of low bytes, a plane of high bytes, and bit 16 of each token in a field of one bit.
+TOKENS = bytes([11, 12, 13, 70_000 & 255, 0, 0, 0, 70_000 >> 8 & 255, 0b1000])
+IDS = {
+    "raw": ("U8", [2, 2, 2], bytes([0, 7, 2, 1, 5, 6, 3, 4])),
+    # 3 bits: low 2 bits of ids 0, 2, 4, 6 in byte 0 and of 1, 3, 5, 7 in byte 1, in pairs; then one bit of each.
+    "bits": ("U8", [3], bytes([0b11_01_10_00, 0b00_10_01_11, 0b10110010])),
+    # C(8, 2) = 28 takes 5 bits: ranks 21, 2, 20, 9; their low 4 bits, then bit 4.
+    "set": ("U8", [3], bytes([0x45, 0x92, 0b0101])),
 }
 
 
-def container(content: Any, tensors: dict[str, tuple[str, list[int], bytes]], key: str = KEY) -> bytes:
-    """A safetensors file written by hand from its public specification; a str is used as content as it is."""
-    text = content if isinstance(content, str) else json.dumps(content)
-    header: dict[str, Any] = {"__metadata__": {key: text}}
-    payload = b""
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(payload), len(payload) + len(data)]}
-        payload += data
-    header_bytes = json.dumps(header).encode()
-    return struct.pack("<Q", len(header_bytes)) + header_bytes + payload
-
-
-def read_by_hand(data: bytes) -> tuple[str, dict[str, tuple[str, list[int], bytes]]]:
-    """Metadata text and tensors of a container, read without safetensors and without moetrace."""
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    text = header.pop("__metadata__")[KEY]
-    payload = data[8 + length :]
-    tensors = {
-        name: (entry["dtype"], entry["shape"], payload[slice(*entry["data_offsets"])]) for name, entry in header.items()
-    }
-    return text, tensors
+def tensors(codec: str = "raw") -> dict[str, tuple[str, list[int], bytes]]:
+    return {"0.experts": IDS[codec], "0.tokens": ("U8", [9], TOKENS), "0.valid": ("U8", [1], bytes([0b10100000]))}
 
 
 # --- the specification ---
 
 
-def test_a_container_written_by_hand_is_read() -> None:
-    assert load(container(CONTENT, TENSORS)) == [TRACE]
+@pytest.mark.parametrize("codec", IDS)
+def test_a_container_written_by_hand_is_read(codec: str) -> None:
+    header = HEADER | {"codec": codec, "order": "set" if codec == "set" else "rank"}
+    assert load(sealed([header], tensors(codec))) == [TRACE.as_set() if codec == "set" else TRACE]
 
 
-def test_saved_bytes_are_those_of_the_specification() -> None:
-    text, tensors = read_by_hand(save(TRACE))
-    assert text == json.dumps(CONTENT, sort_keys=True, separators=(",", ":"))
-    assert tensors == TENSORS
+@pytest.mark.parametrize("codec", IDS)
+def test_saved_bytes_are_those_of_the_specification(codec: str) -> None:
+    text, stored = read_by_hand(save(TRACE, codec=codec))
+    assert stored == tensors(codec)
+    header = HEADER | {"codec": codec, "order": "set" if codec == "set" else "rank"}
+    header["sha256"] = hashlib.sha256(IDS[codec][2] + TOKENS + bytes([0b10100000])).hexdigest()
+    content = {"version": 2, "traces": [header]}
+    assert text == canonical(content | {"sha256": hashlib.sha256(canonical(content).encode()).hexdigest()})
 
 
 def test_uint16_ids_are_stored_little_endian_and_rows_in_bit_order() -> None:
     trace = make_trace(range(11), MoeLayout((0,), 512, 1), valid=[True] * 8 + [False, True])
-    _, tensors = read_by_hand(save(trace))
-    ids = [(511 + 7 * row) % 512 if row != 8 else 0 for row in range(10)]
-    assert tensors["0.experts"] == ("U16", [10, 1, 1], struct.pack("<10H", *ids))
-    assert tensors["0.valid"] == ("U8", [2], bytes([0b11111111, 0b01000000]))
+    _, stored = read_by_hand(save(trace, codec="raw"))
+    ids = [(511 + 7 * row) % 512 for row in range(10) if row != 8]
+    assert stored["0.experts"] == ("U16", [9, 1, 1], struct.pack("<9H", *ids))
+    assert stored["0.valid"] == ("U8", [2], bytes([0b11111111, 0b01000000]))
 
 
 def test_any_safetensors_reader_can_open_a_container() -> None:
-    tensors = safetensors.numpy.load(save([TRACE, TRACE]))
-    assert sorted(tensors) == ["0.experts", "0.tokens", "0.valid", "1.experts", "1.tokens", "1.valid"]
-    np.testing.assert_array_equal(tensors["1.experts"], TRACE.experts_TLK)
+    stored = safetensors.numpy.load(save([TRACE, TRACE], codec="raw"))
+    assert sorted(stored) == ["0.experts", "0.tokens", "0.valid", "1.experts", "1.tokens", "1.valid"]
+    np.testing.assert_array_equal(stored["1.experts"], TRACE.experts_TLK[TRACE.valid_T])
 
 
 def test_format_constants_are_pinned() -> None:
-    assert (VERSION, KEY) == (1, "moetrace")
+    assert (VERSION, KEY, SPECIFIED_KEY) == (2, "moetrace", "moetrace")
 
 
 # --- round trip ---
 
 
-@given(st.lists(routing_traces(max_rows=12), max_size=3))
+@given(st.lists(routing_traces(max_rows=12), max_size=3), st.sampled_from(["auto", "raw", "bits"]))
 @examples
-def test_loading_what_was_saved_gives_equal_traces(traces: list[RoutingTrace]) -> None:
-    loaded = load(save(traces))
+def test_loading_what_was_saved_gives_equal_traces(traces: list[RoutingTrace], codec: str) -> None:
+    loaded = load(save(traces, codec=codec))
     assert loaded == traces
     for trace, original in zip(loaded, traces, strict=True):
         assert_contract(trace)
         np.testing.assert_array_equal(trace.tokens, original.tokens)
-    assert save(loaded) == save(traces)
+    assert save(loaded, codec=codec) == save(traces, codec=codec)
+
+
+@given(st.lists(routing_traces(max_rows=12), max_size=3))
+@examples
+def test_the_codec_set_gives_back_the_sets(traces: list[RoutingTrace]) -> None:
+    loaded = load(save(traces, codec="set"))
+    assert loaded == [trace.as_set() for trace in traces]
+    assert [trace.order for trace in loaded] == ["set"] * len(traces)
+    assert save(loaded, codec="set") == save(traces, codec="set") == save(loaded, codec="auto")
+
+
+@pytest.mark.parametrize("codec", [name for name in codecs.NAMES if name.endswith("zstd")])
+def test_every_fact_survives_zstd(codec: str) -> None:
+    pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
+    for trace in (TRACE, TRACE.without_tokens(), TRACE.slice(1, 2), make_trace(range(300), seed=3)):
+        data = save([trace, trace], codec=codec)
+        assert load(data) == [trace.as_set() if "set" in codec else trace] * 2
+        assert save([trace, trace], codec=codec) == data
 
 
 @pytest.mark.parametrize("num_experts", EDGE_EXPERTS)
 def test_the_highest_expert_survives_the_container(num_experts: int) -> None:
     trace = make_trace(range(4), MoeLayout((0,), num_experts, 2))
     assert trace.experts_TLK[0, 0, 0] == num_experts - 1
-    assert load(save(trace)) == [trace]
-    assert load(save(trace))[0].experts_TLK.tolist() == trace.experts_TLK.tolist()
+    for codec in ("raw", "bits"):
+        assert load(save(trace, codec=codec))[0].experts_TLK.tolist() == trace.experts_TLK.tolist()
+    assert load(save(trace, codec="set")) == [trace.as_set()]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 16, 17])
@@ -146,7 +153,7 @@ def test_every_length_of_bitmap_survives(rows: int) -> None:
 
 
 def test_a_trace_that_knows_only_the_hash_survives() -> None:
-    trace = replace(TRACE, tokens=None)
+    trace = TRACE.without_tokens()
     (loaded,) = load(save(trace))
     assert loaded.tokens is None
     assert loaded == trace
@@ -196,6 +203,102 @@ def test_equal_traces_give_equal_bytes_in_every_process() -> None:
         for seed in ("1", "2")
     ]
     assert digests == [hashlib.sha256(save([TRACE] * 12)).hexdigest()] * 2
+
+
+@pytest.mark.parametrize(("order", "codec"), [("rank", "bits"), ("set", "set")])
+def test_auto_is_the_smallest_codec_that_loses_nothing(order: Any, codec: str) -> None:
+    trace = make_trace(range(300), MoeLayout((0, 1, 2, 3), 128, 8))
+    trace = trace.as_set() if order == "set" else trace
+    sizes = {name: len(save(trace, codec=name)) for name in ("raw", "bits", "set")}
+    lossless = [name for name in sizes if load(save(trace, codec=name)) == [trace]]
+    assert min(lossless, key=sizes.__getitem__) == codec
+    assert save(trace) == save(trace, codec=codec)
+
+
+@pytest.mark.parametrize("num_experts", [256, 65_536])
+def test_auto_leaves_ids_that_fill_their_bytes_alone(num_experts: int) -> None:
+    trace = make_trace(range(30), MoeLayout((0,), num_experts, 2))
+    assert save(trace) == save(trace, codec="raw")
+
+
+def test_auto_with_zstd_takes_what_the_table_says() -> None:
+    pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
+    trace = make_trace(range(300), MoeLayout((0, 1, 2, 3), 128, 8))
+    assert save(trace, codec="auto+zstd") == save(trace, codec="raw+zstd")
+    assert save(trace.as_set(), codec="auto+zstd") == save(trace, codec="set+zstd")
+    many = make_trace(range(4), MoeLayout((0,), 2_000, 2))
+    assert save(many, codec="auto+zstd") == save(many, codec="bits+zstd")
+    assert save(many.as_set(), codec="auto") == save(many.as_set(), codec="bits")
+
+
+def test_auto_keeps_the_order_of_arrival_even_of_a_set() -> None:
+    trace = replace(make_trace(range(300), MoeLayout((0, 1, 2, 3), 128, 8)), order="set")
+    assert save(trace) == save(trace, codec="bits") != save(trace.as_set())
+    assert load(save(trace)) == [trace]
+
+
+# --- one trace of many ---
+
+
+def test_one_trace_of_a_batch_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = [make_trace(range(2000 + i), seed=i) for i in range(20)]
+    path = tmp_path / "batch"
+    save_file(traces, path)
+    ranges: list[tuple[int, int]] = []
+    pread = os.pread
+
+    def counted(file: int, count: int, offset: int) -> bytes:
+        ranges.append((offset, offset + count))
+        return pread(file, count, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    with open_file(path) as container:
+        assert len(container) == 20
+        header_bytes = sum(stop - start for start, stop in ranges)
+        ranges.clear()
+        assert container[13] == traces[13]
+        assert container[-1] == traces[-1]
+        assert [header.num_rows for header in container.headers] == [len(trace) for trace in traces]
+        assert list(container) == traces
+        with pytest.raises(IndexError):
+            container[20]
+    assert header_bytes < path.stat().st_size / 4
+    first = [stop - start for start, stop in ranges[:3]]
+    assert sum(first) < path.stat().st_size / 15
+
+
+def test_a_container_is_known_by_its_digest(tmp_path: Path) -> None:
+    digests = set()
+    for trace in (TRACE, replace(TRACE, engine="f"), TRACE.slice(0, 2), TRACE.as_set(), TRACE.without_tokens()):
+        save_file(trace, tmp_path / "file")
+        with open_file(tmp_path / "file") as container:
+            digests.add(container.digest)
+    assert len(digests) == 5
+
+
+# --- several turns ---
+
+
+@pytest.mark.parametrize("codec", ["auto", "raw", "bits", "set"])
+@pytest.mark.parametrize("with_tokens", [True, False])
+def test_a_conversation_sent_by_deltas_comes_back_whole(codec: str, with_tokens: bool) -> None:
+    tokens = list(range(500, 560))
+    whole = make_trace(tokens, valid=[row % 7 != 3 for row in range(59)], versions=[(0, "a"), (25, "b")])
+    joined = None
+    for start, stop in itertools.pairwise([0, 10, 11, 40, 59]):
+        delta = RoutingTrace.build(  # what a turn that ends at `stop` knows
+            whole.experts_TLK[start:stop],
+            whole.layout,
+            tokens[: stop + 1],
+            valid_T=whole.valid_T[start:stop],
+            start=start,
+            weight_spans=whole.slice(start, stop).weight_spans,
+        )
+        (received,) = load(save(delta if with_tokens else delta.without_tokens(), codec=codec))
+        assert received.start == start
+        received = received.with_tokens(tokens)
+        joined = received if joined is None else joined.concat(received)
+    assert joined == (whole.as_set() if codec == "set" else whole)
 
 
 # --- files ---
@@ -252,222 +355,3 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         save_file(TRACE, tmp_path / "rollout.moetrace")
     assert list(tmp_path.iterdir()) == []
-
-
-# --- refusals ---
-
-
-def test_a_container_truncated_at_any_byte_is_refused() -> None:
-    data = save([TRACE, replace(TRACE, tokens=None)])
-    for length in range(len(data)):
-        with pytest.raises(FormatError):
-            load(data[:length])
-
-
-def test_trailing_bytes_are_refused() -> None:
-    for extra in (b"\0", b"\0" * 8, save(TRACE)):
-        with pytest.raises(FormatError):
-            load(save(TRACE) + extra)
-
-
-def test_a_flipped_bit_is_refused_or_gives_a_trace_that_keeps_the_contract() -> None:
-    data = save(TRACE)
-    refused_flips = 0
-    for bit in range(8 * len(data)):
-        flipped = bytearray(data)
-        flipped[bit // 8] ^= 1 << bit % 8
-        try:
-            traces = load(bytes(flipped))
-        except FormatError:
-            refused_flips += 1
-            continue
-        for trace in traces:
-            assert_contract(trace)
-    assert refused_flips > 4 * len(data)  # the header and the tokens are most of this container
-
-
-def test_a_flipped_bit_of_a_token_is_always_refused() -> None:
-    data = save(TRACE)
-    at = data.index(struct.pack("<4I", 11, 12, 13, 70_000))
-    for bit in range(8 * 16):
-        flipped = bytearray(data)
-        flipped[at + bit // 8] ^= 1 << bit % 8
-        with refused(FormatError, "token_sha256 is not the hash"):
-            load(bytes(flipped))
-
-
-@given(st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
-def test_garbage_is_refused(garbage: bytes) -> None:
-    with pytest.raises(FormatError):
-        load(garbage)
-    with pytest.raises(FormatError):
-        load(struct.pack("<Q", len(garbage)) + garbage)
-
-
-def test_a_header_longer_than_the_bytes_is_refused_with_both_numbers() -> None:
-    with refused(FormatError, "end inside their header", expected="at least 1008 bytes", got="10 bytes"):
-        load(struct.pack("<Q", 1000) + b"{}")
-    with refused(FormatError, "end inside their header", expected="at least 8 bytes", got="0 bytes"):
-        load(b"")
-
-
-@pytest.mark.parametrize("depth", [2_000, 200_000])
-def test_a_header_nested_without_end_is_refused(depth: int) -> None:
-    nested = b"[" * depth
-    with pytest.raises(FormatError):
-        load(struct.pack("<Q", len(nested)) + nested)
-    with pytest.raises(FormatError):
-        load(container("[" * depth, TENSORS))
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"other": "{}"}])
-def test_another_safetensors_file_is_refused_with_a_hint(metadata: dict[str, str] | None) -> None:
-    data = safetensors.numpy.save({"weight": np.zeros(3, np.float32)}, metadata=metadata)
-    fix = "moetrace.dialects"
-    with refused(FormatError, "not a moetrace container", expected="metadata key 'moetrace'", fix=fix):
-        load(data)
-
-
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [1]])
-def test_an_unknown_version_is_refused(version: object) -> None:
-    with refused(FormatError, "unknown version", expected="1", got=version, fix="Upgrade moetrace"):
-        load(container(CONTENT | {"version": version}, TENSORS))
-
-
-def test_an_unknown_version_is_refused_before_anything_else_is_read() -> None:
-    with refused(FormatError, "unknown version", got="2"):
-        load(container({"version": 2, "traces": "in another shape"}, {}))
-
-
-@pytest.mark.parametrize("codec", ["bits", "", None, "RAW"])
-def test_an_unknown_codec_is_refused(codec: object) -> None:
-    with refused(FormatError, "trace 0 has an unknown codec", expected="'raw'", got=repr(codec)):
-        load(container(changed(codec=codec), TENSORS))
-
-
-@pytest.mark.parametrize("content", [[], {}, {"version": 1}, {"traces": []}, "not json", "null", "7"])
-def test_a_content_that_is_not_ours_is_refused(content: Any) -> None:
-    with refused(FormatError, "not a moetrace container"):
-        load(container(content, TENSORS))
-
-
-@pytest.mark.parametrize("traces", [{}, "x", None, 3])
-def test_a_list_of_traces_that_is_none_is_refused(traces: object) -> None:
-    with refused(FormatError, "header is broken", expected="a list of traces", got=type(traces).__name__):
-        load(container({"version": 1, "traces": traces}, TENSORS))
-
-
-def changed(**changes: Any) -> dict[str, Any]:
-    """The content with some facts of its only trace changed; `...` removes one."""
-    content = copy.deepcopy(CONTENT)
-    header = content["traces"][0] | changes
-    content["traces"][0] = {name: value for name, value in header.items() if value is not ...}
-    return content
-
-
-@pytest.mark.parametrize("name", sorted(CONTENT["traces"][0]))
-def test_a_header_that_lacks_a_fact_is_refused(name: str) -> None:
-    with pytest.raises(FormatError, match="trace 0"):
-        load(container(changed(**{name: ...}), TENSORS))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"layers": [3, 1]},
-        {"layers": [1]},
-        {"layers": []},
-        {"layers": 3},
-        {"layers": "13"},
-        {"layers": [1.5, 3]},
-        {"layers": None},
-        {"num_experts": 300},
-        {"num_experts": 7},
-        {"num_experts": 0},
-        {"num_experts": "8"},
-        {"num_experts": 8.0},
-        {"top_k": 1},
-        {"top_k": 2.0},
-        {"num_rows": 2},
-        {"num_rows": 4},
-        {"num_rows": -1},
-        {"num_rows": 9},
-        {"num_rows": 2**70},
-        {"num_rows": None},
-        {"num_rows": 3.0},
-        {"num_tokens": 5},
-        {"num_tokens": 4.0},
-        {"num_tokens": "4"},
-        {"token_sha256": "0" * 64},
-        {"token_sha256": None},
-        {"start": 2},
-        {"start": -1},
-        {"start": "0"},
-        {"start": 0.0},
-        {"start": 0.5},
-        {"order": "best"},
-        {"order": ["rank"]},
-        {"fingerprint": 5},
-        {"fingerprint": None},
-        {"engine": ["e"]},
-        {"weight_spans": [{"start": 1, "version": "a"}]},
-        {"weight_spans": [{"start": 0, "version": "a"}, {"start": 3, "version": "b"}]},
-        {"weight_spans": [{"start": 0}]},
-        {"weight_spans": [{"start": 0, "version": 7}]},
-        {"weight_spans": [{"start": 0.0, "version": "a"}]},
-        {"weight_spans": [0]},
-        {"weight_spans": None},
-    ],
-    ids=repr,
-)
-def test_a_header_that_contradicts_its_tensors_or_types_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(FormatError, match="trace 0"):
-        load(container(changed(**changes), TENSORS))
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        pytest.param({"0.experts": None}, id="no experts"),
-        pytest.param({"0.valid": None}, id="no bitmap"),
-        pytest.param({"0.experts": ("I8", [3, 2, 2], bytes(12))}, id="experts I8"),
-        pytest.param({"0.experts": ("U16", [3, 2, 2], bytes(24))}, id="experts U16"),
-        pytest.param({"0.experts": ("F32", [3, 2, 2], bytes(48))}, id="experts F32"),
-        pytest.param({"0.experts": ("BF16", [3, 2, 2], bytes(24))}, id="experts BF16"),
-        pytest.param({"0.experts": ("F8_E4M3", [3, 2, 2], bytes(12))}, id="experts F8"),
-        pytest.param({"0.experts": ("U8", [2, 3, 2], TENSORS["0.experts"][2])}, id="experts layer-major"),
-        pytest.param({"0.experts": ("U8", [12], TENSORS["0.experts"][2])}, id="experts flat"),
-        pytest.param({"0.experts": ("U8", [3, 2, 2], bytes(12))}, id="experts zero-filled"),
-        pytest.param(
-            {"0.experts": ("U8", [3, 2, 2], bytes([0, 8, 2, 1, 0, 0, 0, 0, 5, 6, 3, 4]))}, id="experts out of range"
-        ),
-        pytest.param(
-            {"0.experts": ("U8", [3, 2, 2], bytes([0, 7, 2, 1, 0, 1, 0, 0, 5, 6, 3, 4]))}, id="ids in a missing row"
-        ),
-        pytest.param({"0.valid": ("U8", [2], bytes([0b10100000, 0]))}, id="bitmap too long"),
-        pytest.param({"0.valid": ("U8", [1, 1], bytes([0b10100000]))}, id="bitmap [1, 1]"),
-        pytest.param({"0.valid": ("I8", [1], bytes([0b10100000]))}, id="bitmap I8"),
-        pytest.param({"0.valid": ("U8", [1], bytes([0b11100000]))}, id="bitmap claims a missing row"),
-        pytest.param({"0.valid": ("U8", [1], bytes([0b00000101]))}, id="bitmap in reverse bit order"),
-        pytest.param({"0.tokens": ("U32", [3], TENSORS["0.tokens"][2][:12])}, id="tokens too short"),
-        pytest.param({"0.tokens": ("U32", [2, 2], TENSORS["0.tokens"][2])}, id="tokens [2, 2]"),
-        pytest.param({"0.tokens": ("U32", [4, 1], TENSORS["0.tokens"][2])}, id="tokens [4, 1]"),
-        pytest.param({"0.tokens": ("F32", [4], struct.pack("<4f", 11, 12, 13, 70_000))}, id="tokens F32"),
-        pytest.param({"0.tokens": ("U32", [4], struct.pack("<4I", 11, 12, 14, 70_000))}, id="other tokens"),
-    ],
-)
-def test_tensors_that_contradict_the_header_are_refused(tensors: dict[str, Any]) -> None:
-    merged = {name: entry for name, entry in (TENSORS | tensors).items() if entry is not None}
-    with pytest.raises(FormatError):
-        load(container(CONTENT, merged))
-
-
-def test_a_broken_trace_is_named_by_its_place_in_the_batch() -> None:
-    content = {"version": 1, "traces": [CONTENT["traces"][0]] * 2}
-    tensors = TENSORS | {name.replace("0.", "1."): entry for name, entry in TENSORS.items()}
-    assert load(container(content, tensors)) == [TRACE, TRACE]
-    with refused(FormatError, "trace 1 has a broken validity bitmap", expected="3 bits", got="(2,)"):
-        load(container(content, tensors | {"1.valid": ("U8", [2], bytes(2))}))
-    with refused(FormatError, "trace 1 contradicts itself"):
-        load(container(content, tensors | {"1.experts": ("U8", [3, 2, 2], bytes(12))}))

@@ -25,6 +25,7 @@ PUBLIC = [
     "layout_of",
     "load",
     "load_file",
+    "open_file",
     "record",
     "replay",
     "save",
@@ -71,10 +72,11 @@ def test_the_core_imports_neither_torch_nor_transformers_nor_pydantic() -> None:
     core = [name for name in PUBLIC if name not in NEEDS_TORCH]
     lines = run(
         "import sys, moetrace\n"
-        "heavy = ('torch', 'transformers', 'pydantic', 'fastapi', 'httpx')\n"
+        "heavy = ('torch', 'transformers', 'pydantic', 'fastapi', 'httpx', 'fsspec', 'pyarrow', 'backports', 'tqdm')\n"
         "print([name for name in heavy if name in sys.modules])\n"
         f"[getattr(moetrace, name) for name in {core!r}]\n"
         "import moetrace.trace, moetrace.comparison, moetrace.format, moetrace.dialects, moetrace.batch\n"
+        "import moetrace.codecs, moetrace.stores, moetrace.stores.shared, moetrace.cli\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )
     assert lines == ["[]", "[]"]
@@ -107,6 +109,38 @@ def test_a_missing_extra_is_named_with_its_pip_command(blocker: str) -> None:
         "        assert isinstance(error.__cause__, ModuleNotFoundError)\n"
     )
     assert lines == ["torch is not installed. Run: pip install 'moetrace[transformers]'"] * len(NEEDS_TORCH)
+
+
+@pytest.mark.parametrize(
+    ("module", "use", "message"),
+    [
+        ("fsspec", "open_store('s3://bucket/x')", "fsspec is not installed. Run: pip install 'moetrace[stores]'"),
+        ("pyarrow", "import moetrace.tables", "pyarrow is not installed. Run: pip install 'moetrace[tables]'"),
+        (
+            "torch",
+            "import moetrace.codecs.tensors",
+            "torch is not installed. Run: pip install 'moetrace[transformers]'",
+        ),
+        (
+            "backports",
+            "moetrace.save([], codec='set+zstd'); codecs.zstd.compress(np.zeros(1, np.uint8))",
+            "backports is not installed. Run: pip install 'moetrace[zstd]'",
+        ),
+    ],
+)
+def test_what_files_and_stores_need_is_named_when_it_is_needed(module: str, use: str, message: str) -> None:
+    if module == "backports" and sys.version_info >= (3, 14):
+        pytest.skip("zstd is part of Python")
+    lines = run(
+        BLOCKERS["not to be found"].replace("'torch'", repr(module)) + "import moetrace, numpy as np\n"
+        "from moetrace import codecs\n"
+        "from moetrace.stores import open_store\n"
+        "try:\n"
+        f"    {use}\n"
+        "except moetrace.errors.MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    assert lines == [message]
 
 
 # --- errors ---

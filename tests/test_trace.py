@@ -16,7 +16,8 @@ from traces import assert_contract, dyed_ids, make_trace, refused, routing_trace
 
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, MoetraceError, TokenMismatchError
 from moetrace.layout import MoeLayout
-from moetrace.trace import RoutingTrace, WeightSpan, first_difference, token_sha256
+from moetrace.tokens import first_difference, token_sha256
+from moetrace.trace import RoutingTrace, WeightSpan
 
 LAYOUT = MoeLayout((3, 4), 8, 2)
 IDS = [[[0, 1], [7, 2]], [[5, 4], [3, 0]], [[6, 7], [1, 5]]]
@@ -555,8 +556,68 @@ def test_turns_of_different_models_are_refused() -> None:
         first.concat(make_trace([1, 2, 3, 4], start=2, fingerprint="g"))
 
 
-def test_turns_without_token_ids_are_not_joined_on_trust() -> None:
+def test_a_later_turn_without_token_ids_is_not_joined_on_trust() -> None:
     first, later = build(), build(tokens=range(10, 17), start=3)
-    for a, b in ((replace(first, tokens=None), later), (first, replace(later, tokens=None))):
-        with refused(TokenMismatchError, "without token ids", fix="Keep the token ids"):
-            a.concat(b)
+    with refused(TokenMismatchError, "without token ids", fix="later.with_tokens"):
+        first.concat(later.without_tokens())
+
+
+def test_an_earlier_turn_that_knows_only_its_hash_is_joined_by_it() -> None:
+    first, later = build(), build(tokens=range(10, 17), start=3)
+    assert first.without_tokens().concat(later) == first.concat(later)
+
+
+@pytest.mark.parametrize("tokens", [[10, 11, 12, 14, 15, 16, 17], [9, *range(11, 17)]])
+def test_an_edited_context_is_noticed_by_its_hash_alone(tokens: list[int]) -> None:
+    first, later = build().without_tokens(), build(tokens=tokens, start=3)
+    with refused(TokenMismatchError, "one of the first 4 differs", expected=sha256_of(TOKENS)[:16], fix="token ids"):
+        first.concat(later)
+
+
+def test_a_cut_context_is_noticed_by_its_hash_alone() -> None:
+    first = build(tokens=[*TOKENS, 99], start=0).without_tokens()
+    with refused(TokenMismatchError, "one of the first 5 differs"):
+        first.concat(build(experts_TLK=np.array(IDS[:1]), start=3))
+
+
+# --- sets, and traces without their tokens ---
+
+
+def test_a_set_forgets_ranks_and_nothing_else() -> None:
+    trace = build(valid_T=[True, False, True], weight_spans=[WeightSpan(0, "a")], fingerprint="f", engine="e", start=0)
+    forgetful = trace.as_set()
+    assert forgetful.experts_TLK.tolist() == [[[0, 1], [2, 7]], [[0, 0], [0, 0]], [sorted(ids) for ids in IDS[2]]]
+    assert replace(forgetful, experts_TLK=trace.experts_TLK, order="rank") == trace
+    assert forgetful.as_set() == forgetful
+    assert_contract(forgetful)
+
+
+def test_sets_are_equal_whatever_the_order_of_their_ids() -> None:
+    flipped = build(experts_TLK=np.flip(np.array(IDS), axis=2))
+    assert build().as_set() == flipped.as_set()
+    assert build() != flipped
+    assert build(order="set").experts_TLK.tolist() == IDS  # the order of arrival is how the model summed
+
+
+@given(routing_traces())
+@examples
+def test_sorting_for_a_set_equals_its_loop(trace: RoutingTrace) -> None:
+    ids = [[sorted(route) for route in row] for row in trace.experts_TLK.tolist()]
+    assert trace.as_set().experts_TLK.tolist() == ids
+
+
+def test_a_trace_gets_its_tokens_back_if_they_are_its_own() -> None:
+    trace = build()
+    assert trace.without_tokens().tokens is None
+    assert trace.without_tokens().with_tokens(TOKENS) == trace
+    assert trace.without_tokens().with_tokens([*TOKENS, 1, 2]) == trace
+    assert trace.with_tokens([*TOKENS, 1, 2]) == trace
+
+
+def test_other_tokens_are_not_given_to_a_trace() -> None:
+    with refused(TokenMismatchError, "other tokens than these", expected="4 tokens with SHA-256"):
+        build().without_tokens().with_tokens([10, 11, 12, 14])
+    with refused(TokenMismatchError, "other tokens than these", got="3 with"):
+        build().without_tokens().with_tokens(TOKENS[:3])
+    with refused(TokenMismatchError, "first difference at position 3"):
+        build().with_tokens([10, 11, 12, 14])

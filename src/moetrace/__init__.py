@@ -13,14 +13,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "MoeLayout": "moetrace.layout",
     "RoutingTrace": "moetrace.trace",
-    "WeightSpan": "moetrace.trace",
-    "token_sha256": "moetrace.trace",
+    "WeightSpan": "moetrace.spans",
+    "token_sha256": "moetrace.tokens",
     "RoutingComparison": "moetrace.comparison",
     "compare": "moetrace.comparison",
     "extreme_token_ratio": "moetrace.comparison",
     "kl_k3": "moetrace.comparison",
     "load": "moetrace.format",
     "load_file": "moetrace.format",
+    "open_file": "moetrace.format",
     "save": "moetrace.format",
     "save_file": "moetrace.format",
     "layout_of": "moetrace.routers",
@@ -58,12 +59,13 @@ if TYPE_CHECKING:
     from moetrace.comparison import kl_k3 as kl_k3
     from moetrace.format import load as load
     from moetrace.format import load_file as load_file
+    from moetrace.format import open_file as open_file
     from moetrace.format import save as save
     from moetrace.format import save_file as save_file
     from moetrace.layout import MoeLayout as MoeLayout
     from moetrace.recorder import record as record
     from moetrace.replayer import replay as replay
     from moetrace.routers import layout_of as layout_of
+    from moetrace.spans import WeightSpan as WeightSpan
+    from moetrace.tokens import token_sha256 as token_sha256
     from moetrace.trace import RoutingTrace as RoutingTrace
-    from moetrace.trace import WeightSpan as WeightSpan
-    from moetrace.trace import token_sha256 as token_sha256

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from moetrace import __version__
+from moetrace.commands.files import add_commands
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return int(args.run(args))
-    except MoetraceError as error:
+    except (MoetraceError, OSError) as error:
         print(f"moetrace: {error}", file=sys.stderr)
         return 2
 
@@ -33,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moetrace {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_commands(commands)
     serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
     serve.set_defaults(run=_serve)
     serve.add_argument("model", help="checkpoint folder")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moetrace.errors import InvalidTraceError, TokenMismatchError
+from moetrace.tokens import first_difference
 from moetrace.trace import RoutingTrace
 
 
@@ -105,6 +106,54 @@ def compare(a: RoutingTrace, b: RoutingTrace) -> RoutingComparison:
         differing_tokens=int(differs_TL.any(axis=1).sum()),
         skipped_tokens=int((~both_T).sum()),
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first thing in which two traces differ.
+
+    Attributes:
+        fact: which one: an attribute of `RoutingTrace`, "valid" for a row that only one has, "experts" for ids.
+        a, b: what each has there.
+        position: of the token, for "tokens", "valid" and "experts".
+        layer: number of the decoder layer, for "experts".
+    """
+
+    fact: str
+    a: object
+    b: object
+    position: int | None = None
+    layer: int | None = None
+
+
+def first_difference_of(a: RoutingTrace, b: RoutingTrace, *, as_sets: bool = False) -> Difference | None:
+    """The first difference of two traces, in the order facts, tokens, rows; None where they are equal.
+
+    Args:
+        a, b: any two traces.
+        as_sets: compare which experts were chosen, not their ranks (nor `order`).
+    """
+    if as_sets:
+        a, b = a.as_set(), b.as_set()
+    facts = ("layout", "start", "num_rows", "num_tokens", "order", "weight_spans", "fingerprint", "engine")
+    for fact in facts:
+        if getattr(a, fact) != getattr(b, fact):
+            return Difference(fact, getattr(a, fact), getattr(b, fact))
+    if a.tokens is not None and b.tokens is not None:
+        position = first_difference(a.tokens, b.tokens)
+        if position is not None:
+            return Difference("tokens", int(a.tokens[position]), int(b.tokens[position]), position)
+    if a.token_sha256 != b.token_sha256:
+        return Difference("token_sha256", a.token_sha256, b.token_sha256)
+    rows = np.flatnonzero((a.valid_T != b.valid_T) | (a.experts_TLK != b.experts_TLK).any(axis=(1, 2)))
+    if not len(rows):
+        return None
+    row = int(rows[0])
+    if a.valid_T[row] != b.valid_T[row]:
+        return Difference("valid", bool(a.valid_T[row]), bool(b.valid_T[row]), a.start + row)
+    layer = int(np.flatnonzero((a.experts_TLK[row] != b.experts_TLK[row]).any(axis=1))[0])
+    ids_a, ids_b = (trace.experts_TLK[row, layer].tolist() for trace in (a, b))
+    return Difference("experts", ids_a, ids_b, a.start + row, a.layout.layers[layer])
 
 
 def kl_k3(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> float:

@@ -7,6 +7,8 @@
     │   ├── LayoutMismatchError    it was recorded on another model (layers, experts, top-k, fingerprint)
     │   └── MissingRowError        a row is needed that was never captured
     ├── FormatError                bytes or a payload cannot be read as traces
+    ├── StoreError                 a store cannot keep or find what it is asked for
+    │   └── QuotaError             it is full
     ├── RouterError                a model's routers cannot be recorded or replayed
     │   ├── NotMoeError            there are none: the model is dense
     │   └── UnsupportedRouterError there are some, but not of a kind that can be tapped safely
@@ -63,6 +65,14 @@ class MissingRowError(TraceError):
 
 class FormatError(MoetraceError):
     """Bytes or a payload cannot be read as traces."""
+
+
+class StoreError(MoetraceError):
+    """A store cannot keep or find what it is asked for."""
+
+
+class QuotaError(StoreError):
+    """A store is full: what it was asked to keep would pass its quota."""
 
 
 class RouterError(MoetraceError):

@@ -6,7 +6,6 @@ was in force while token `start + t` was the input, that is, while the distribut
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,41 +15,14 @@ import numpy as np
 
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatchError
 from moetrace.layout import MoeLayout, as_int, require_text
+from moetrace.sorting import ascending, first_repeat
+from moetrace.spans import WeightSpan, cut_spans, joined_spans
+from moetrace.tokens import first_difference, require_token_ids, token_sha256
+
+_CHECKED_IDS = 1 << 17
+"""Ids that are checked at once, so that checking a trace takes little memory beside it."""
 
 Order = Literal["rank", "set"]
-
-
-def token_sha256(tokens: Sequence[int] | np.ndarray) -> str:
-    """SHA-256 (hex) over token ids as little-endian uint32, so that every language computes the same value."""
-    return hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes()).hexdigest()
-
-
-def _require_token_ids(tokens: np.ndarray) -> np.ndarray:
-    """Token ids of one sequence, as the hash can tell them apart."""
-    if tokens.ndim != 1 or (tokens.size and not 0 <= tokens.min() <= tokens.max() < 1 << 32):
-        raise InvalidTraceError(
-            "tokens must be the ids of one sequence", expected="1 axis, 0 <= id < 2**32", got=f"shape {tokens.shape}"
-        )
-    return tokens
-
-
-def first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
-    """Position of the first unequal id of two 1-D arrays over their common length, or None."""
-    n = min(len(a), len(b))
-    unequal = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(unequal[0]) if len(unequal) else None
-
-
-@dataclass(frozen=True)
-class WeightSpan:
-    """From row `start` on (until the next span), rows were computed by weights called `version`."""
-
-    start: int
-    version: str
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "start", as_int(self.start, "the start of a weight span"))
-        require_text(self.version, "a weight version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +40,7 @@ class RoutingTrace:
         token_sha256: `token_sha256` of those token ids.
         start: position of row 0 in the sequence (0 unless this is a slice or a multi-turn delta).
         weight_spans: which rows were computed by which weights, ascending, first span at row 0; empty when unknown.
-        order: "rank" when the K ids are best first, "set" when their order means nothing.
+        order: "rank" when the K ids are best first, "set" when their order means nothing (but how the model summed).
         fingerprint: fingerprint of the model that routed, or "" when unknown.
         engine: name and version of the engine that recorded, or "".
 
@@ -131,7 +103,7 @@ class RoutingTrace:
                 expected=f"0 <= id < {layout.num_experts}",
                 got=experts_TLK[row, layer, rank],
             )
-        tokens = _require_token_ids(np.array(tokens, dtype=np.int64))
+        tokens = require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
             experts_TLK=experts_TLK.astype(layout.dtype),
             valid_T=valid_T,
@@ -175,26 +147,34 @@ class RoutingTrace:
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
                 fix="Axes are [T, L, K], token-major; use RoutingTrace.build to narrow other integer dtypes.",
             )
-        if experts_TLK[~valid_T].any():
-            raise InvalidTraceError("rows that are not valid must hold zeros", expected="0", got="other ids")
         if experts_TLK.size and int(experts_TLK.max()) >= layout.num_experts:
             raise InvalidTraceError(
                 "an expert id is out of range", expected=f"id < {layout.num_experts}", got=int(experts_TLK.max())
             )
-        sorted_TLK = np.sort(experts_TLK[valid_T], axis=-1)
-        repeats = np.argwhere(sorted_TLK[..., 1:] == sorted_TLK[..., :-1])
-        if len(repeats):
-            row, layer = int(np.flatnonzero(valid_T)[repeats[0][0]]), int(repeats[0][1])
+        step = max(1, _CHECKED_IDS // (layout.num_layers * layout.top_k))
+        for first in range(0, len(valid_T), step):
+            self._check_rows(first, first + step)
+
+    def _check_rows(self, first: int, stop: int) -> None:
+        experts_TLK, valid_T, layout = self.experts_TLK[first:stop], self.valid_T[first:stop], self.layout
+        if not valid_T.all():
+            if experts_TLK[~valid_T].any():
+                raise InvalidTraceError("rows that are not valid must hold zeros", expected="0", got="other ids")
+            experts_TLK = experts_TLK[valid_T]
+        repeat = first_repeat(experts_TLK.reshape(-1, layout.top_k))
+        if repeat is not None:
+            valid_row, layer = divmod(repeat, layout.num_layers)
+            row = first + np.flatnonzero(valid_T)[valid_row]
             raise InvalidTraceError(
                 f"row {row}, layer {layout.layers[layer]} names one expert twice",
                 expected=f"{layout.top_k} distinct ids",
-                got=experts_TLK[row, layer].tolist(),
+                got=experts_TLK[valid_row, layer].tolist(),
                 fix="A row that was not captured must be marked in valid_T, not filled.",
             )
 
     def _check_tokens(self) -> None:
         if self.tokens is not None:
-            _require_token_ids(self.tokens)
+            require_token_ids(self.tokens)
         if self.tokens is not None and len(self.tokens) != self.num_tokens:
             raise InvalidTraceError(
                 "num_tokens is not the number of tokens", expected=len(self.tokens), got=self.num_tokens
@@ -272,29 +252,24 @@ class RoutingTrace:
                 got=f"{start}, {stop}",
             )
         first, last = start - self.start, stop - self.start
-        spans: list[WeightSpan] = []
-        for span in self.weight_spans:
-            moved = WeightSpan(max(span.start - first, 0), span.version)
-            if moved.start == 0:
-                spans = [moved]
-            elif moved.start < last - first:
-                spans.append(moved)
         return replace(
             self,
             experts_TLK=self.experts_TLK[first:last],
             valid_T=self.valid_T[first:last],
             start=start,
-            weight_spans=tuple(spans),
+            weight_spans=cut_spans(self.weight_spans, first, last),
         )
 
     def concat(self, later: RoutingTrace) -> RoutingTrace:
         """This trace followed by a later turn of the same conversation: `later.start` must be `self.stop`.
 
-        The tokens of the later turn must begin with those of this one (a re-tokenised or edited context does not).
+        The tokens of the later turn must begin with those of this one (a re-tokenised or edited context does not). This
+        trace may know only their hash; then the hash decides.
 
         Raises:
             LayoutMismatchError: the traces come from different models.
-            TokenMismatchError: the later tokens do not continue these; says the first position that differs.
+            TokenMismatchError: the later tokens do not continue these; says the first position that differs, or, where
+                only a hash is known here, among how many tokens it is.
             InvalidTraceError: rows are missing or doubled between the two.
         """
         self.layout.require_same(later.layout, "the later turn")
@@ -302,17 +277,12 @@ class RoutingTrace:
             raise LayoutMismatchError(
                 "the two turns were routed by different models", expected=self.fingerprint, got=later.fingerprint
             )
-        if self.tokens is None or later.tokens is None:
-            raise TokenMismatchError("traces without token ids cannot be joined", fix="Keep the token ids.")
-        position = first_difference(self.tokens, later.tokens)
-        if position is not None or len(later.tokens) < len(self.tokens):
-            where = len(later.tokens) if position is None else position
+        if later.tokens is None:
             raise TokenMismatchError(
-                f"the later turn's tokens do not continue this one's: first difference at position {where}",
-                expected=self.tokens[where],
-                got=None if where >= len(later.tokens) else later.tokens[where],
-                fix="Send token ids, not text, from turn to turn.",
+                "a later turn without token ids cannot be joined",
+                fix="Give it its token ids: later.with_tokens(tokens).",
             )
+        self._require_continued_by(later.tokens)
         if later.start != self.stop:
             raise InvalidTraceError(
                 "the later turn's rows do not follow on", expected=f"start {self.stop}", got=later.start
@@ -320,19 +290,60 @@ class RoutingTrace:
         if not self.num_rows or not later.num_rows:  # nothing to join, but the longer context
             whole = later if later.num_rows else self
             return replace(whole, tokens=later.tokens, num_tokens=later.num_tokens, token_sha256=later.token_sha256)
-        spans = list(self.weight_spans)
-        for span in later.weight_spans:
-            if not spans or spans[-1].version != span.version:
-                spans.append(WeightSpan(span.start + self.num_rows, span.version))
         return replace(
             later,
             fingerprint=later.fingerprint or self.fingerprint,
             experts_TLK=np.concatenate([self.experts_TLK, later.experts_TLK]),
             valid_T=np.concatenate([self.valid_T, later.valid_T]),
             start=self.start,
-            weight_spans=tuple(spans) if self.weight_spans and later.weight_spans else (),
+            weight_spans=joined_spans(self.weight_spans, later.weight_spans, self.num_rows),
             order="rank" if self.order == later.order == "rank" else "set",
         )
+
+    def _require_continued_by(self, tokens: np.ndarray) -> None:
+        fix = "Send token ids, not text, from turn to turn."
+        if self.tokens is None:
+            if len(tokens) < self.num_tokens or token_sha256(tokens[: self.num_tokens]) != self.token_sha256:
+                raise TokenMismatchError(
+                    f"the later turn's tokens do not continue this one's: one of the first {self.num_tokens} differs",
+                    expected=f"SHA-256 {self.token_sha256[:16]}...",
+                    fix=f"{fix} To learn which one, keep this turn's token ids.",
+                )
+            return
+        position = first_difference(self.tokens, tokens)
+        if position is not None or len(tokens) < len(self.tokens):
+            where = len(tokens) if position is None else position
+            raise TokenMismatchError(
+                f"the later turn's tokens do not continue this one's: first difference at position {where}",
+                expected=self.tokens[where],
+                got=None if where >= len(tokens) else tokens[where],
+                fix=fix,
+            )
+
+    def as_set(self) -> RoutingTrace:
+        """The same choice without its order: `order` is "set" and ids ascend. What the codec `set` keeps.
+
+        A replay of it chooses the same experts with the same weights; a model may sum their outputs in another order,
+        which changes the last bits.
+        """
+        return replace(self, experts_TLK=ascending(self.experts_TLK), order="set")
+
+    def without_tokens(self) -> RoutingTrace:
+        """The same trace knowing only the hash of its tokens: for receivers that have the token ids anyway."""
+        return replace(self, tokens=None)
+
+    def with_tokens(self, tokens: Sequence[int] | np.ndarray) -> RoutingTrace:
+        """The same trace knowing its token ids again.
+
+        Args:
+            tokens: the token ids from position 0 on; more than `num_tokens` are welcome (the context went on since).
+
+        Raises:
+            TokenMismatchError: they are not those the trace was recorded on.
+        """
+        tokens = np.array(tokens, dtype=np.int64)[: self.num_tokens]
+        self.require_tokens(tokens, "these")
+        return replace(self, tokens=tokens) if len(tokens) == self.num_tokens else self
 
     def require_tokens(self, tokens: Sequence[int] | np.ndarray, whose: str) -> None:
         """Raise `TokenMismatchError` unless `tokens` (from position 0 on) are those this trace was recorded on.
@@ -342,7 +353,7 @@ class RoutingTrace:
         """
         tokens = np.asarray(tokens, dtype=np.int64)
         if self.tokens is None or tokens.ndim != 1:
-            _require_token_ids(tokens)
+            require_token_ids(tokens)
         if self.tokens is None:
             if len(tokens) != self.num_tokens or token_sha256(tokens) != self.token_sha256:
                 raise TokenMismatchError(

@@ -1,0 +1,1 @@
+"""What the `moetrace` command does with files and stores; `moetrace.cli` is its entry point."""
