@@ -83,6 +83,7 @@ class Rollouts(RuleBasedStateMachine):
         if FLASH:
             model.to("cuda").set_attn_implementation("flash_attention_3")
         self.engine = TransformersEngine(model, config, Letters())
+        self.most = max(4, cache // (4 * page))  # more of them would only wait for each other
         self.version = 0
         self.running: list[Generation] = []
         offloading = self.engine._manager.batch_processor.offloading_manager
@@ -107,7 +108,7 @@ class Rollouts(RuleBasedStateMachine):
     )
     def submit(self, count: int, prefix: list[int], shared: int, own: int, new: int, n: int, stop, text, seed) -> None:
         rng = np.random.default_rng(seed)
-        for _ in range(count):
+        for _ in range(min(count, self.most)):
             prompt = prefix[:shared] + rng.integers(0, DYE.vocab, own + (shared == 0)).tolist()
             sampling = SamplingParams(new, n=n, stop_token_ids=stop, stop=text, do_sample=bool(seed % 2))
             self.running.append(self.engine.submit(prompt, sampling, return_routes=True))
