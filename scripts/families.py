@@ -56,7 +56,10 @@ Columns:
 Where the formula gives no gradient there is none: a weight renormalised over K = 1 is always 1, and Zaya's class that
 skips the layer weighs nothing. In LongCat-Flash and Zaya the router also selects experts that compute nothing; they
 have ids like the others. Routers of vision and audio towers are not touched, and of DeepSeek-V4 only the layers that
-choose: its hash layers are a table.
+choose: its hash layers are a table. JetMoE routes twice in a layer, in its attention and in its MLP: the layout names
+such a layer twice. PhiMoE draws its experts at random in training mode: its routers are tapped in eval mode only, also
+within a model that trains, and replay traces in rank order only. Its second expert is weighed among those that are not
+the first, each among those not further below it than a window: the window goes with the replayed expert.
 
 Logits or weights that hooks cannot see, so that there only ids, the model's own record and the gradient of the router's
 parameters are checked: {unseen} under {newest}; {unseen_lowest} under {lowest}.

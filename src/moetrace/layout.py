@@ -16,7 +16,8 @@ class MoeLayout:
     """Which decoder layers of a model route, and how.
 
     Attributes:
-        layers: absolute numbers of the decoder layers that have routed experts, ascending. Dense layers are absent.
+        layers: absolute numbers of the decoder layers that have routed experts, ascending. Dense layers are absent; a
+            layer with several routers (JetMoE's attention and MLP) is named once for each, in the order of its modules.
         num_experts: E, routed experts per layer (shared experts are not counted).
         top_k: K, experts per token.
     """
@@ -31,9 +32,9 @@ class MoeLayout:
         object.__setattr__(self, "layers", tuple(as_int(layer, "a layer number") for layer in self.layers))
         object.__setattr__(self, "num_experts", as_int(self.num_experts, "num_experts"))
         object.__setattr__(self, "top_k", as_int(self.top_k, "top_k"))
-        if not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers)):
+        if not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(self.layers):
             raise InvalidTraceError(
-                "layers must be ascending decoder-layer numbers", expected="at least one, no repeats", got=self.layers
+                "layers must be decoder-layer numbers", expected="at least one, ascending", got=self.layers
             )
         if not 1 <= self.top_k <= self.num_experts <= MAX_EXPERTS:
             raise InvalidTraceError(

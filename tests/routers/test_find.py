@@ -126,11 +126,22 @@ def test_layers_of_two_sizes_are_refused() -> None:
         layout_of(model)
 
 
-def test_two_routers_in_one_layer_are_refused() -> None:
+def test_a_layer_with_two_routers_is_named_twice() -> None:
     model = build("mixtral")
     model.model.layers[1].second = build("mixtral").model.layers[1].mlp
-    with pytest.raises(UnsupportedRouterError, match="several routers in one layer number"):
+    assert layout_of(model).layers == (0, 1, 1, 2)
+    assert [site.name for site in find_routers(model)][1:3] == ["model.layers.1.mlp.gate", "model.layers.1.second.gate"]
+    model.model.layers[1].second.gate.top_k = 3
+    with pytest.raises(UnsupportedRouterError, match="differ in experts or top-k"):
         layout_of(model)
+
+
+def test_two_layers_of_one_number_are_refused() -> None:
+    model = build("mixtral")
+    model.draft = nn.ModuleList([build("mixtral").model.layers[0]])
+    with pytest.raises(UnsupportedRouterError, match="several decoder layers of one number") as refused:
+        layout_of(model)
+    assert "draft.0.mlp.gate" in str(refused.value)
 
 
 def test_a_router_whose_layer_is_not_evident_is_refused() -> None:

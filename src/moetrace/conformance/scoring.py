@@ -36,6 +36,9 @@ class Rule:
         gain: the router's parameter that multiplies them, one number or one for each expert, or "".
         epsilon: is added to the norm; what is below a float32's rounding is left out.
         shared: shared experts have logits too (rows of the router's weight after E), and weights in the same norm.
+        window: the config's attribute that holds SparseMixer's jitter, or "". Each expert in turn is then scored over
+            those only that were not chosen before it and are not further below it than twice that, relative to the
+            larger of its own logit and their absolute one.
         skips: the last of the E classes skips the layer and weighs nothing.
         paper: where the formula is published; "" where transformers' router class is the norm.
     """
@@ -46,6 +49,7 @@ class Rule:
     gain: str = ""
     epsilon: float = 0
     shared: bool = False
+    window: str = ""
     skips: bool = False
     paper: str = ""
 
@@ -56,6 +60,7 @@ class Rule:
         return ", ".join(
             [
                 self.score,
+                *([f"in turn within 2 {self.window}"] if self.window else []),
                 *([f"renormalised{conditional}{' with the shared experts' * self.shared}"] if self.norm else []),
                 *[f"× {name}" for name in (self.factor, self.gain) if name],
                 *(["0 for the class that skips"] if self.skips else []),
@@ -74,7 +79,10 @@ class Rule:
             logits_NE: the router's logits, float64.
             ids_NK: any experts, live or not, int64.
         """
-        chosen_NK = SCORES[self.score](logits_NE).gather(1, ids_NK)
+        if self.window:
+            chosen_NK = self._in_turn(2 * float(attrgetter(self.window)(config)), logits_NE, ids_NK)
+        else:
+            chosen_NK = SCORES[self.score](logits_NE).gather(1, ids_NK)
         if self.skips:
             chosen_NK = chosen_NK * (ids_NK < logits_NE.shape[1] - 1)
         if self.shared:
@@ -91,6 +99,16 @@ class Rule:
             chosen_NK = chosen_NK * (gain if len(gain) == 1 else gain[ids_NK])
         return chosen_NK
 
+    def _in_turn(self, window: float, logits_NE: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+        gone_NE, scores = torch.zeros_like(logits_NE, dtype=torch.bool), []
+        for ids_N1 in ids_NK.split(1, dim=1):
+            own_N1 = logits_NE.gather(1, ids_N1)
+            below_NE = (own_N1 - logits_NE) / torch.maximum(logits_NE.abs(), own_N1) > window
+            among_NE = logits_NE.masked_fill(gone_NE | below_NE, -torch.inf)
+            scores.append(SCORES[self.score](among_NE).gather(1, ids_N1))
+            gone_NE = gone_NE.scatter(1, ids_N1, True)
+        return torch.cat(scores, dim=1)
+
 
 _ROWS: tuple[tuple[str, Rule], ...] = (
     ("mixtral", Rule("softmax", 1, paper="arXiv 2401.04088, section 2.1")),
@@ -98,7 +116,7 @@ _ROWS: tuple[tuple[str, Rule], ...] = (
     ("minimax", Rule("softmax", 1, paper="arXiv 2501.08313, section 2")),
     (
         "aria aria_text cohere2_moe ernie4_5_moe ernie4_5_vl_moe granitemoe granitemoe_swa granitemoehybrid "
-        "granitemoeshared hunyuan_v1_moe qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe",
+        "granitemoeshared hunyuan_v1_moe jetmoe qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe",
         Rule("softmax", 1),
     ),
     ("dbrx", Rule("softmax", "ffn_config.moe_normalize_expert_weights")),
@@ -111,6 +129,7 @@ _ROWS: tuple[tuple[str, Rule], ...] = (
     ("mistral_large4", Rule("softmax", 1, "routed_scaling_factor")),
     ("gemma4 gemma4_text", Rule("softmax", 1, gain="per_expert_scale")),
     ("jamba", Rule("softmax")),
+    ("phimoe", Rule("softmax", window="router_jitter_noise")),
     ("zaya", Rule("softmax", skips=True)),
     ("deepseek_v2", Rule("softmax", factor="routed_scaling_factor", paper="arXiv 2405.04434, equations 20 to 22")),
     ("longcat_flash", Rule("softmax", factor="routed_scaling_factor", paper="arXiv 2509.01322, section 2.1")),

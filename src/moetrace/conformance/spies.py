@@ -18,6 +18,10 @@ from moetrace.routers import RouterSite, find_routers
 LOGITS = {"DbrxFFN": "router", "Gemma4TextRouter": "proj", "JambaSparseMoeBlock": "router", "ZayaRouter": "router_mlp"}
 """Router class -> the part of it that makes the logits, where the router does not return them."""
 
+GROUPED = {"JetMoeTopKGating": "input_linear"}
+"""Router class -> the module beside it that receives the tokens expert by expert: no ids, but how many of each. The
+router's first output says from which of the N * K choices each comes, its third what it weighs."""
+
 
 @dataclass
 class RouterCall:
@@ -29,6 +33,9 @@ class RouterCall:
         logits: what it scores, `[..., E]`; None where that cannot be seen.
         shared: weights of the shared experts, where it makes those too.
         experts: tensors that the experts module received.
+        sizes: how many tokens of each expert, where it received them so.
+        places: from which of the N * K choices each of those comes.
+        gates: their weights, in the same order.
     """
 
     site: RouterSite
@@ -36,6 +43,9 @@ class RouterCall:
     logits: torch.Tensor | None = None
     shared: torch.Tensor | None = None
     experts: list[torch.Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    places: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +69,11 @@ class RouterCall:
 
         Llama 4 runs every expert on every token, on inputs that are zero unless it was chosen: no order to compare.
         """
+        if self.places is not None:
+            grouped = torch.arange(self.site.num_experts).repeat_interleave(torch.tensor(self.sizes))
+            tokens = self.hidden_NH[self.places // self.site.top_k]
+            same_tokens = torch.equal(self.experts[0].double(), tokens)
+            return same_tokens and torch.equal(self._ungrouped(grouped, ids_NK), ids_NK)
         if self._is_dense:
             chosen_NE = self._dense_NE(self.experts[0].detach()) != 0
             return torch.equal(chosen_NE, torch.zeros_like(chosen_NE).scatter(1, ids_NK, True))
@@ -79,6 +94,8 @@ class RouterCall:
                 return tensor.detach()
             return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
+        if self.gates is not None:
+            return self._ungrouped(of(self.gates).double(), ids_NK)
         if self._is_dense:
             dense_NK = self._dense_NE(of(self.experts[0])).gather(1, ids_NK)
             return dense_NK if gradient else dense_NK / self.hidden_NH.square().sum(-1, keepdim=True)
@@ -87,6 +104,10 @@ class RouterCall:
             return None
         weights = [found[-1], *([] if self.shared is None else [self.shared])]
         return torch.cat([of(value).reshape(len(ids_NK), -1) for value in weights], dim=1).double()
+
+    def _ungrouped(self, values: torch.Tensor, like_NK: torch.Tensor) -> torch.Tensor:
+        assert self.places is not None
+        return torch.empty_like(values).index_copy(0, self.places, values).view_as(like_NK)
 
     @property
     def _is_dense(self) -> bool:
@@ -124,16 +145,20 @@ def _hooks(model: nn.Module, call: RouterCall) -> Iterator[Any]:
         if type(module).__name__ not in LOGITS:
             wide = [value for value in outputs if value.is_floating_point() and value.shape[-1] == num_experts]
             call.logits = _kept(wide[-1]) if wide else None
+        if type(module).__name__ in GROUPED:
+            call.places, call.gates = output[0], _kept(output[2])
         call.shared = _kept(outputs[3]) if len(outputs) == 4 and hasattr(module, "n_shared_experts") else None
 
     def on_experts(module: nn.Module, args: tuple, kwargs: dict) -> None:
         call.experts = [_kept(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        call.sizes = next((value for value in args if isinstance(value, list)), [])
 
     yield router.register_forward_hook(on_router)
     if part := LOGITS.get(type(router).__name__):
         yield router.get_submodule(part).register_forward_hook(on_part)
     modules = dict(model.named_modules())
-    for name in (f"{call.site.name}.experts", f"{call.site.name.rpartition('.')[0]}.experts"):
+    block = call.site.name.rpartition(".")[0]
+    for name in (f"{call.site.name}.experts", f"{block}.{GROUPED.get(type(router).__name__, 'experts')}"):
         if name in modules:
             yield modules[name].register_forward_pre_hook(on_experts, with_kwargs=True)
 

@@ -32,7 +32,7 @@ class Recording(RoutingSession):
     def on_selection(self, selection: Selection) -> None:
         if selection.recompute:
             return
-        if selection.site.index == 0:
+        if selection.site.index in self._ids:  # a new forward; which router is its first, no number tells
             self._ids, self._order = {}, "rank"
         self._ids[selection.site.index] = selection.indices_NK.detach().clone()
         if not selection.sorted:

@@ -15,7 +15,7 @@ import numpy as np
 from moetrace.batch import Segment, segments_of, to_numpy
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError
 from moetrace.layout import MoeLayout
-from moetrace.trace import RoutingTrace
+from moetrace.trace import Order, RoutingTrace
 
 Missing = Literal["error", "live"]
 
@@ -41,6 +41,7 @@ class AlignedRoutes:
         follows_N: `[N]` bool, True where token n - 1 precedes token n in one sequence and both are replayed.
         layout: the traces' layout.
         fingerprint: the traces' model fingerprint, or "".
+        order: "rank" when the K ids of every trace are best first.
     """
 
     experts_LNK: np.ndarray
@@ -48,6 +49,7 @@ class AlignedRoutes:
     follows_N: np.ndarray
     layout: MoeLayout
     fingerprint: str
+    order: Order
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +115,7 @@ def align(
         follows_N=_follows(mode_N, segments),
         layout=layout,
         fingerprint=fingerprint,
+        order="rank" if all(trace.order == "rank" for trace in traces) else "set",
     )
 
 

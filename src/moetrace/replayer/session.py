@@ -151,6 +151,13 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
             got=f"{routes.fingerprint[:16]}...",
             fix="Replay with the architecture and vocabulary that generated the rollout.",
         )
+    if routes.order != "rank" and tap.in_turn:
+        raise ReplayError(
+            f"{name} weighs an expert by which were chosen before it, and the traces do not say that",
+            expected="order 'rank'",
+            got=f"order {routes.order!r}",
+            fix="Record with an engine that keeps the ids in rank order.",
+        )
 
 
 def _judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:

@@ -1,8 +1,8 @@
 """Which modules of a model are routers, and the `MoeLayout` that follows from them.
 
 In transformers >= 5.17 a router is a small module with integer attributes `top_k` and `num_experts` and a weight of at
-least `num_experts` rows, called once a layer, whose forward returns (logits, weights, indices); what deviates has a row
-in `families.py`. The layout is read from those modules; the config, whose names for the same numbers differ from family
+least `num_experts` rows, called once a forward, which returns (logits, weights, indices); what deviates has a row in
+`families.py`. The layout is read from those modules; the config, whose names for the same numbers differ from family
 to family, is only a cross-check. Vision and audio towers are not looked at: a trace is of text tokens.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -49,11 +49,12 @@ class RouterSite:
 
 
 def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
-    """The model's routers in layer order.
+    """The model's routers in layer order; those of one layer in the order of its modules.
 
     Raises:
         NotMoeError: the model has no experts at all.
-        UnsupportedRouterError: it has experts, but a router is missing, shared by a layer, or unlike the others.
+        UnsupportedRouterError: it has experts, but a router is missing, of a second layer of the same number (as
+            draft heads may have), or unlike the others.
     """
     modules = [(name, module) for name, module in model.named_modules() if not _NOT_TEXT.search(name)]
     experts = [name for name, module in modules if _is_experts(module)]
@@ -82,13 +83,13 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     sites: list[tuple[int, str, Any]] = sorted(
         ((_layer_number(name), name, module) for name, module in found), key=lambda site: site[0]
     )
-    repeated = [layer for layer, count in Counter(layer for layer, _, _ in sites).items() if count > 1]
-    if repeated:
-        raise UnsupportedRouterError(
-            f"{type(model).__name__} has several routers in one layer number",
-            expected="one router a decoder layer",
-            got=[name for layer, name, _ in sites if layer == repeated[0]],
-        )
+    for (layer, name, _), (next_layer, next_name, _) in pairwise(sites):
+        if layer == next_layer and _stack(name) != _stack(next_name):
+            raise UnsupportedRouterError(
+                f"{type(model).__name__} has several decoder layers of one number",
+                expected=f"every router of number {layer} in one of them",
+                got=[name, next_name],
+            )
     sizes = {sizes_of(module) for _, _, module in sites}
     if len(sizes) > 1:
         raise UnsupportedRouterError(
@@ -210,6 +211,11 @@ def _layer_number(name: str) -> int:
             f"the decoder layer of router {name!r} is not evident", expected="one number in its name", got=numbers
         )
     return int(numbers[0])
+
+
+def _stack(name: str) -> str:
+    """What numbers the decoder layer of a router: its name up to the number."""
+    return re.split(r"(?<=\.)\d+(?=\.)", f".{name}")[0]
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -27,6 +27,7 @@ from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of
 
 _TOPK = {torch.topk, torch.Tensor.topk}
+_MAX = {torch.max, torch.Tensor.max}
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
 _CHECKPOINT_MODULE = "torch.utils.checkpoint"
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
@@ -97,6 +98,11 @@ class ModelTap:
         model = self._model()
         return "" if model is None else fingerprint_of(model, self.sites)
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether the order in which the K experts of a token are chosen matters."""
+        return any(traits_of(site.module).in_turn for site in self.sites)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the taps in the model's routers for the length of the context."""
@@ -164,7 +170,9 @@ class ModelTap:
                 return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
             if any(session.supplies_routes for session in state.sessions):
                 _refuse_unknown_checkpointing(site)
-            mode = _TopkMode(site, state.sessions, state.recompute)
+            if traits.in_turn and site.module.training:
+                _refuse_drawing(site)
+            mode = _TopkMode(site, state.sessions, state.recompute, traits.in_turn)
             with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
@@ -217,10 +225,13 @@ class _ThreadState(threading.local):
 class _TopkMode(TorchFunctionMode):
     """Watches one router forward for its expert selection."""
 
-    def __init__(self, site: RouterSite, sessions: tuple[RoutingSession, ...], recompute: bool) -> None:
+    def __init__(
+        self, site: RouterSite, sessions: tuple[RoutingSession, ...], recompute: bool, in_turn: bool = False
+    ) -> None:
         super().__init__()
-        self.site, self.sessions, self.recompute = site, sessions, recompute
+        self.site, self.sessions, self.recompute, self.in_turn = site, sessions, recompute, in_turn
         self.selections: list[Selection] = []
+        self.turns = 0
         self.used: torch.Tensor | None = None
         self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -228,6 +239,8 @@ class _TopkMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _TOPK and self._selects_experts(*args, **kwargs):
             return self._select(func, args, kwargs)
+        if func in _MAX and self._takes_turn(*args, **kwargs):
+            return self._next(args[0])
         result = func(*args, **kwargs)
         if func in _MASKED_FILL:
             self.masked.append((result, args[0]))
@@ -253,7 +266,14 @@ class _TopkMode(TorchFunctionMode):
         written = self._topk_to_session(scores, *args[1:], **kwargs)
         live = func(*args, **kwargs) if written is None else written
         is_sorted = kwargs.get("sorted", args[4] if len(args) > 4 else True)
-        live_NK = live.indices.reshape(-1, self.site.top_k)
+        used = self._settle(scores, live.indices, is_sorted)
+        if used is live.indices:
+            return live
+        return torch.return_types.topk((self._unmasked(scores).gather(-1, used), used))
+
+    def _settle(self, scores: torch.Tensor, live: torch.Tensor, is_sorted: bool) -> torch.Tensor:
+        """Ask the sessions; the indices to use, those of `live` itself unless one of them changed them."""
+        live_NK = live.reshape(-1, self.site.top_k)
         scores_NE = scores.reshape(-1, self.site.num_experts)
         selection = Selection(
             self.site, scores_NE, live_NK, live_NK, is_sorted, self.recompute, in_place=written is not None
@@ -261,12 +281,22 @@ class _TopkMode(TorchFunctionMode):
         for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
             session.on_selection(selection)  # replay first, so that a recording keeps what was really used
         self.selections.append(selection)
-        if selection.indices_NK is live_NK:
-            self.used = live.indices
-            return live
-        self.used = selection.indices_NK.view_as(live.indices)
-        values = self._unmasked(scores).gather(-1, self.used)
-        return torch.return_types.topk((values, self.used))
+        self.used = live if selection.indices_NK is live_NK else selection.indices_NK.view_as(live)
+        return self.used
+
+    def _takes_turn(self, input: torch.Tensor, dim: object = None, keepdim: bool = False) -> bool:
+        """Parameters are those of torch.max."""
+        over_experts = input.ndim > 1 and input.shape[-1] == self.site.num_experts and dim in (-1, input.ndim - 1)
+        return self.in_turn and over_experts and keepdim
+
+    def _next(self, scores: torch.Tensor) -> Any:
+        """The max of one turn: settled before the first for all K. Ids are ours even where nobody replays, so that
+        what is recorded is what is used, also of equal scores.
+        """
+        used = self._settle(scores, _in_turn(scores, self.site.top_k), True) if self.used is None else self.used
+        index = used.narrow(-1, self.turns % self.site.top_k, 1)
+        self.turns += 1
+        return torch.return_types.max((scores.gather(-1, index), index))
 
     def _topk_to_session(self, scores: torch.Tensor, *args: Any, input: object = None, **kwargs: Any) -> Any:
         """The top-k with its indices written where the session wants them, or None where it does not mind."""
@@ -292,6 +322,12 @@ class _TopkMode(TorchFunctionMode):
     def verify(self, output: Any, returns_ids: bool) -> None:
         """Raise `UnsupportedRouterError` unless the router selected once and, if it should, returned that selection."""
         name, kind = self.site.name, type(self.site.module).__name__
+        if self.in_turn and self.turns != self.site.top_k:
+            raise UnsupportedRouterError(
+                f"router {name} ({kind}) does not choose its experts in turn",
+                expected=f"{self.site.top_k} maxima of [N, {self.site.num_experts}]",
+                got=f"{self.turns} of them",
+            )
         if len(self.selections) != 1:
             raise UnsupportedRouterError(
                 f"router {name} ({kind}) does not select its experts by one top-k",
@@ -309,6 +345,24 @@ class _TopkMode(TorchFunctionMode):
 def _in_backward() -> bool:
     """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _in_turn(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """`[..., K]`: the best, the best of the rest, and so on."""
+    chosen: list[torch.Tensor] = []
+    rest = scores.detach()
+    for _ in range(top_k):
+        chosen.append(rest.max(dim=-1, keepdim=True).indices)
+        rest = rest.scatter(-1, chosen[-1], float("-inf"))
+    return torch.cat(chosen, dim=-1)
+
+
+def _refuse_drawing(site: RouterSite) -> None:
+    raise UnsupportedRouterError(
+        f"router {site.name} ({type(site.module).__name__}) draws its experts at random in training mode",
+        expected="the router in eval mode; the rest of the model may train",
+        fix="Call .eval() on the router: it then chooses the best and still gets its gradient.",
+    )
 
 
 def _refuse_unknown_checkpointing(site: RouterSite) -> None:
