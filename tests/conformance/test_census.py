@@ -18,7 +18,7 @@ from moetrace.conformance.census import examine
 from moetrace.errors import RouterError, UnsupportedRouterError
 from moetrace.recorder import record
 from moetrace.replayer import replay
-from moetrace.routers import find_routers, tap
+from moetrace.routers import find_routers, selection, tap_model
 from moetrace.routers.find import traits_of
 from moetrace.trace import RoutingTrace
 
@@ -66,7 +66,7 @@ def test_a_family_recomputes_with_the_routes_it_was_given(name: str, reentrant: 
     model = zoo.tiny(zoo.architecture(name))
     if not model.supports_gradient_checkpointing:
         pytest.skip("the model itself has no gradient checkpointing")
-    layout = tap.tap_model(model).layout
+    layout = tap_model(model).layout
     real = 8 if layout.num_experts == 9 else layout.num_experts
     order = torch.rand(12, layout.num_layers, real, generator=torch.Generator().manual_seed(2)).argsort(-1)
     trace = RoutingTrace.build(order[..., : layout.top_k].numpy(), layout, ids_BS[0].numpy())
@@ -91,7 +91,7 @@ def test_a_family_recomputes_with_the_routes_it_was_given(name: str, reentrant: 
 
 
 def test_a_tap_that_forgets_the_mask_is_convicted(monkeypatch) -> None:
-    monkeypatch.setattr(tap._TopkMode, "_unmasked", lambda self, scores: scores)
+    monkeypatch.setattr(selection.SelectionMode, "_unmasked", lambda self, scores: scores)
     finding = examine(zoo.architecture("deepseek_v2"))
     assert not finding.works
     assert finding.altered is False
@@ -99,7 +99,7 @@ def test_a_tap_that_forgets_the_mask_is_convicted(monkeypatch) -> None:
 
 
 def test_a_tap_that_gathers_other_scores_is_convicted(monkeypatch) -> None:
-    monkeypatch.setattr(tap._TopkMode, "_unmasked", lambda self, scores: scores.roll(1, -1))
+    monkeypatch.setattr(selection.SelectionMode, "_unmasked", lambda self, scores: scores.roll(1, -1))
     for name in ("mixtral", "qwen3_moe", "gpt_oss"):
         assert not examine(zoo.architecture(name)).works
 

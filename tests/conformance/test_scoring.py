@@ -19,7 +19,7 @@ from moetrace.conformance import verdicts, zoo
 from moetrace.conformance.census import batch, examine, traces_of
 from moetrace.conformance.scoring import RULES, Rule
 from moetrace.conformance.spies import RouterCall, spying
-from moetrace.routers import layout_of, tap
+from moetrace.routers import layout_of, selection
 
 UNSEEN = ["aria", "aria_text", "longcat_flash"] if transformers.__version__ == "5.17.0" else []
 SEEN = [name for name in TAPPED if name not in UNSEEN]
@@ -145,7 +145,7 @@ def test_a_token_that_skips_the_layer_has_no_weight_and_no_gradient() -> None:
 
 
 def test_a_tap_that_cuts_the_gradient_is_convicted(monkeypatch) -> None:
-    monkeypatch.setattr(tap._TopkMode, "_unmasked", lambda self, scores: scores.detach())
+    monkeypatch.setattr(selection.SelectionMode, "_unmasked", lambda self, scores: scores.detach())
     for name in ("mixtral", "gpt_oss", "gemma4_text", "llama4_text", "deepseek_v2"):
         assert examine(zoo.architecture(name)).gradient == ""
 

@@ -14,7 +14,7 @@ from moetrace.conformance.census import batch, traces_of
 from moetrace.conformance.scoring import RULES
 from moetrace.conformance.spies import spying
 from moetrace.errors import ReplayError, UnsupportedRouterError
-from moetrace.routers import find_routers, layout_of, tap
+from moetrace.routers import find_routers, layout_of, selection
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_other_than_k_turns_are_refused() -> None:
 
 def test_the_best_the_best_of_the_rest_and_so_on() -> None:
     scores_NE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tap._in_turn(scores_NE, 3), scores_NE.topk(3).indices)
+    assert torch.equal(selection._in_turn(scores_NE, 3), scores_NE.topk(3).indices)
 
 
 def test_the_formula_is_what_it_says() -> None:

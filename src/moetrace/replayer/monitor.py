@@ -82,7 +82,7 @@ class OverlapMonitor:
 
     def observe(self, layer: int, live_NK: torch.Tensor) -> None:
         """Keep one layer's live choice of one forward. No host synchronisation."""
-        if layer == 0:
+        if not self._live or layer in self._live:  # a new forward; which router is its first, no number tells
             self._count()
             self._forwards += 1
         self._live[layer] = live_NK.to(torch.int16)
