@@ -320,6 +320,17 @@ def test_weights_that_do_not_fit_change_nothing(dye: Dye, make_engine, case: int
     assert_dyed(dye, generate(engine, [[1, 2, 3]])[0])
 
 
+def test_new_weights_for_an_engine_that_died_are_an_error_not_a_hang(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+
+    def die() -> bool:
+        raise RuntimeError("out of memory, say")
+
+    engine._manager.batch_processor.prepare_next_batch = die
+    with pytest.raises(EngineError, match="stopped"):
+        engine.update_weights(rerouted(dye)[1], "new")
+
+
 def test_new_weights_from_a_checkpoint_folder(dye: Dye, make_engine, tmp_path) -> None:
     engine = make_engine(dye.model())
     other = rerouted(dye)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import logging
 import threading
@@ -197,8 +198,6 @@ class TransformersEngine:
         if isinstance(weights, str):
             weights = loading.load_model(weights, self.config, require_moe=False, device="cpu").state_dict()
         checked = check_weights(self._model, weights)
-        if not self.is_healthy():
-            raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
 
         def apply() -> None:
             apply_weights(checked)
@@ -207,7 +206,12 @@ class TransformersEngine:
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
-        self._loop.call(apply).result()
+        done = self._loop.call(apply)
+        while not done.done():
+            if not self.is_healthy():
+                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+            concurrent.futures.wait([done], timeout=0.5)
+        done.result()
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
