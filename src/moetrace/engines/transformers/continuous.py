@@ -1,4 +1,4 @@
-"""The one file that knows the insides of transformers' continuous batching, in every supported release (5.17 to 5.23).
+"""The insides of transformers' continuous batching, in every supported release (5.17 to 5.23): its loop.
 
 `BatchLoop` stands beside a manager: it says where the tokens of a step go, tells a listener what becomes of a request's
 pages, and lets other threads act between two steps. What is joined and where:
@@ -20,57 +20,15 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from moetrace.errors import CaptureError, EngineError
-from moetrace.recorder import StepSlots
-
-SUPPORTED = "transformers 5.17 to 5.23"
-
-
-class PageListener(Protocol):
-    """Someone who must know what happens to pages. All calls come from the generation thread, in order."""
-
-    def forwards(self) -> AbstractContextManager[None]:
-        """Open while a step's forward runs, is traced, or is captured in a CUDA graph."""
-        ...
-
-    def after_forward(self, step: StepSlots) -> None:
-        """A step's forward has been launched; part of the CUDA graph where there is one."""
-        ...
-
-    def settle(self) -> None:
-        """Pages that were given back are about to be written, or nothing may happen for long: gather them now, on the
-        current stream."""
-        ...
-
-    def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
-        """A request gives its pages back.
-
-        Args:
-            request_id: the request.
-            pages: its pages, in the order of its positions.
-            computed: how many of its positions hold what its tokens were really sampled from; None for all.
-            over: False if it will come back (preempted).
-        """
-        ...
-
-    def replaced(self, request_id: str, index: int, page: int) -> None:
-        """A request's page `index` was `page`; now it shares an equal one of another request."""
-        ...
-
-    def copied(self, sources: list[int], targets: list[int]) -> None:
-        """Pages are being copied, on the current stream."""
-        ...
-
-    def restored(self, request_id: str, pages: list[int]) -> None:
-        """A preempted request's keys have been moved from the host into these pages, on the current stream."""
-        ...
+from moetrace.engines.transformers.pages import PageListener, PageMap, require
+from moetrace.errors import EngineError
 
 
 class BatchLoop:
@@ -82,13 +40,13 @@ class BatchLoop:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        self._processor = _require(manager, "batch_processor")
-        self._cache = _require(self._processor, "cache")
-        self._scheduler = _require(self._processor, "scheduler")
-        self._runner = _require(self._processor, "model_runner")
-        self._offloading = _require(self._processor, "offloading_manager")
-        self._wake_up = getattr(manager, "_wake_up_loop", None) or _require(manager, "_has_new_requests")
-        self.pages = _Pages(self._cache)
+        self._processor = require(manager, "batch_processor")
+        self._cache = require(self._processor, "cache")
+        self._scheduler = require(self._processor, "scheduler")
+        self._runner = require(self._processor, "model_runner")
+        self._offloading = require(self._processor, "offloading_manager")
+        self._wake_up = getattr(manager, "_wake_up_loop", None) or require(manager, "_has_new_requests")
+        self.pages = PageMap(self._cache)
         self.offloads_to_host = bool(getattr(manager.continuous_batching_config, "cpu_offload_space", 0))
         self.paused = False
         self._listener: PageListener | None = None
@@ -174,7 +132,7 @@ class BatchLoop:
 
     def _join(self, owner: Any, name: str, step_in: Callable[..., Any]) -> None:
         """Call `step_in(own, *args)` wherever the loop calls `owner.name(*args)`."""
-        own = _require(owner, name)
+        own = require(owner, name)
 
         def joined(*args: Any, **kwargs: Any) -> Any:
             return step_in(own, *args, **kwargs)
@@ -321,53 +279,5 @@ class BatchLoop:
                 self._listener.restored(state.request_id, list(self.pages.table[state.request_id]))
 
 
-class _Pages:
-    """Which slots of the cache hold which positions. The full-attention layers keep every position; a model without
-    any keeps the last `window` of them."""
-
-    def __init__(self, cache: Any) -> None:
-        self.window: int | None = None
-        if hasattr(cache, "cache_allocators"):  # 5.18 and later
-            self.kind = "full_attention" if "full_attention" in cache.cache_allocators else "sliding_attention"
-            allocator = _require(cache, "cache_allocators")[self.kind]
-            self.page_size = _require(allocator, "tokens_per_page")
-            self._write_stride = _require(allocator, "block_physical_stride")
-            self._group = _require(allocator, "index")
-            self.num_pages = cache.cache_tensor.nbytes // allocator.bytes_per_block  # those for padding too
-        else:
-            allocators = _require(cache, "group_cache_managers")
-            full = [allocator for allocator in allocators if "Full" in type(allocator).__name__]
-            allocator = (full or allocators)[0]
-            self.kind = "full_attention" if full else "sliding_attention"
-            self.page_size = self._write_stride = _require(cache, "block_size")
-            self._group = _require(allocator, "_index")
-            self.num_pages = cache.num_blocks + 2  # two for padding
-        if self.kind == "sliding_attention":
-            self.window = _require(allocator, "sliding_window")
-        self.table: dict[str, list[int]] = _require(allocator, "block_table")
-
-    def slots_of(self, batch_data: dict[str, Any]) -> StepSlots:
-        """Where the tokens of a step go, from what the engine passes to the model."""
-        tokens_N = batch_data["input_ids"].view(-1)
-        if batch_data["block_table"] is not None:
-            return StepSlots(
-                tokens_N,
-                self._write_stride // self.page_size,
-                block_table_RB=batch_data["block_table"][self._group],
-                positions_N=batch_data["position_ids"].view(-1),
-            )
-        return StepSlots(tokens_N, self._write_stride, write_index_N=batch_data["write_index"][self._group])
-
-
 def _mark_complete_name(cache: Any) -> str:
     return "mark_complete_blocks" if hasattr(cache, "mark_complete_blocks") else "mark_shareable_blocks_as_complete"
-
-
-def _require(owner: Any, name: str) -> Any:
-    if not hasattr(owner, name):
-        raise CaptureError(
-            f"transformers' {type(owner).__name__} has no {name!r}",
-            expected=SUPPORTED,
-            fix="Install a supported release, or open an issue with the version.",
-        )
-    return getattr(owner, name)

@@ -1,0 +1,100 @@
+"""The pages of the KV cache: which slots hold which positions, and who is told what becomes of them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from moetrace.errors import CaptureError
+from moetrace.recorder import StepSlots
+
+SUPPORTED = "transformers 5.17 to 5.23"
+
+
+class PageListener(Protocol):
+    """Someone who must know what happens to pages. All calls come from the generation thread, in order."""
+
+    def forwards(self) -> AbstractContextManager[None]:
+        """Open while a step's forward runs, is traced, or is captured in a CUDA graph."""
+        ...
+
+    def after_forward(self, step: StepSlots) -> None:
+        """A step's forward has been launched; part of the CUDA graph where there is one."""
+        ...
+
+    def settle(self) -> None:
+        """Pages that were given back are about to be written, or nothing may happen for long: gather them now, on the
+        current stream."""
+        ...
+
+    def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
+        """A request gives its pages back.
+
+        Args:
+            request_id: the request.
+            pages: its pages, in the order of its positions.
+            computed: how many of its positions hold what its tokens were really sampled from; None for all.
+            over: False if it will come back (preempted).
+        """
+        ...
+
+    def replaced(self, request_id: str, index: int, page: int) -> None:
+        """A request's page `index` was `page`; now it shares an equal one of another request."""
+        ...
+
+    def copied(self, sources: list[int], targets: list[int]) -> None:
+        """Pages are being copied, on the current stream."""
+        ...
+
+    def restored(self, request_id: str, pages: list[int]) -> None:
+        """A preempted request's keys have been moved from the host into these pages, on the current stream."""
+        ...
+
+
+class PageMap:
+    """Which slots of the cache hold which positions. The full-attention layers keep every position; a model without
+    any keeps the last `window` of them."""
+
+    def __init__(self, cache: Any) -> None:
+        self.window: int | None = None
+        if hasattr(cache, "cache_allocators"):  # 5.18 and later
+            self.kind = "full_attention" if "full_attention" in cache.cache_allocators else "sliding_attention"
+            allocator = require(cache, "cache_allocators")[self.kind]
+            self.page_size = require(allocator, "tokens_per_page")
+            self._write_stride = require(allocator, "block_physical_stride")
+            self._group = require(allocator, "index")
+            self.num_pages = cache.cache_tensor.nbytes // allocator.bytes_per_block  # those for padding too
+        else:
+            allocators = require(cache, "group_cache_managers")
+            full = [allocator for allocator in allocators if "Full" in type(allocator).__name__]
+            allocator = (full or allocators)[0]
+            self.kind = "full_attention" if full else "sliding_attention"
+            self.page_size = self._write_stride = require(cache, "block_size")
+            self._group = require(allocator, "_index")
+            self.num_pages = cache.num_blocks + 2  # two for padding
+        if self.kind == "sliding_attention":
+            self.window = require(allocator, "sliding_window")
+        self.table: dict[str, list[int]] = require(allocator, "block_table")
+
+    def slots_of(self, batch_data: dict[str, Any]) -> StepSlots:
+        """Where the tokens of a step go, from what the engine passes to the model."""
+        tokens_N = batch_data["input_ids"].view(-1)
+        if batch_data["block_table"] is not None:
+            return StepSlots(
+                tokens_N,
+                self._write_stride // self.page_size,
+                block_table_RB=batch_data["block_table"][self._group],
+                positions_N=batch_data["position_ids"].view(-1),
+            )
+        return StepSlots(tokens_N, self._write_stride, write_index_N=batch_data["write_index"][self._group])
+
+
+def require(owner: Any, name: str) -> Any:
+    """An attribute of something of transformers; `CaptureError` where this release has none."""
+    if not hasattr(owner, name):
+        raise CaptureError(
+            f"transformers' {type(owner).__name__} has no {name!r}",
+            expected=SUPPORTED,
+            fix="Install a supported release, or open an issue with the version.",
+        )
+    return getattr(owner, name)
