@@ -24,7 +24,10 @@ from families import (
 
 from moetrace import record, replay
 from moetrace.errors import ReplayError, ShiftedRoutesError
-from moetrace.replayer import ReplayStats
+from moetrace.layout import MoeLayout
+from moetrace.replayer import ReplayStats, align
+from moetrace.replayer import monitor as monitor_module
+from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.trace import RoutingTrace
 
 
@@ -349,3 +352,34 @@ def test_statistics_are_those_of_the_moment_they_were_asked() -> None:
     assert astuple(once) == kept
     assert (once.forwards, twice.forwards) == (1, 2)
     assert astuple(once)[1:] == astuple(twice)[1:]
+
+
+def monitored(order: list[int], forwards: int = 1) -> ReplayStats:
+    """A monitor that saw random live choices, the layers of each forward in some order."""
+    rng = np.random.default_rng(0)
+    layout = MoeLayout((0, 1, 2), 8, 2)
+    live_TLK, given_TLK = (rng.random((40, 3, 8)).argsort(-1)[..., :2] for _ in range(2))
+    given_TLK[:36] = live_TLK[:36]
+    tokens = np.arange(40)
+    monitor = OverlapMonitor(align([RoutingTrace.build(given_TLK, layout, tokens)], tokens[None]))
+    for _ in range(forwards):
+        for layer in order:
+            monitor.observe(layer, torch.from_numpy(live_TLK[:, layer]))
+    return monitor.stats()
+
+
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_the_order_in_which_a_models_routers_run_does_not_matter(forwards: int) -> None:
+    """JetMoE's attention router comes after the MLP's among its modules and runs before it."""
+    expected = monitored([0, 1, 2], forwards)
+    assert expected.forwards == forwards
+    assert 0 < expected.token_mismatch < 0.2
+    assert astuple(monitored([1, 0, 2], forwards)) == astuple(expected)
+    assert astuple(monitored([2, 1, 0], forwards)) == astuple(expected)
+
+
+def test_counting_a_few_layers_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = monitored([0, 1, 2])
+    for pairs in (1, 2 * 40 * 2 * 2):
+        monkeypatch.setattr(monitor_module, "_MAX_PAIRS", pairs)
+        assert astuple(monitored([0, 1, 2])) == astuple(expected)
