@@ -24,13 +24,16 @@ class SamplingParams:
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         do_sample: draw from the distribution; False takes the most likely token.
-        temperature: divides the logits before sampling, above 0.
+        min_new_tokens: fewest tokens to generate: before, end-of-sequence tokens have no probability, and stop tokens
+            and texts end nothing.
+        temperature: divides the logits before sampling, from 0.001 to 1,000,000.
         top_p: draw only from the smallest set of tokens with at least this probability, in (0, 1].
         top_k: draw only from this many most likely tokens; -1 means all.
         ignore_eos: go on after an end-of-sequence token.
         n: how many sequences to generate from the prompt; the prompt is computed once.
         stop_token_ids: tokens that end a sequence, as end-of-sequence tokens do.
         stop: texts that end a sequence; the token that completes one is its last.
+        stop_sequences: runs of tokens that end a sequence, as texts do.
 
     Raises:
         RequestError: a value is out of range.
@@ -45,15 +48,23 @@ class SamplingParams:
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, right, meaning in (
             ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
-            ("temperature", 0 < self.temperature < float("inf"), "a number > 0 (for greedy: do_sample=false)"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "0 <= min_new_tokens <= max_new_tokens",
+            ),
+            ("temperature", 1e-3 <= self.temperature <= 1e6, "0.001 to 1000000 (for greedy: do_sample=false)"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or >= 1"),
             ("n", self.n >= 1, "an integer >= 1"),
             ("stop", all(self.stop), "texts that are not empty"),
+            ("stop_sequences", all(self.stop_sequences), "runs of at least one token"),
         ):
             if not right:
                 raise RequestError(f"{name} is out of range", expected=meaning, got=getattr(self, name))
@@ -69,6 +80,7 @@ class GenerateResult:
             before top-k and top-p (temperature 1 when greedy).
         finish_reason: "stop" after an end-of-sequence token, a stop token or a stop text; "abort" when the request was
             aborted, with what there was; else "length".
+        weight_version: the weights in force when the sequence ended; the trace says it of every row.
         trace: the routes, P + O - 1 rows, or None when they were not asked for.
     """
 
@@ -76,6 +88,7 @@ class GenerateResult:
     output_tokens: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    weight_version: str
     trace: RoutingTrace | None = None
 
 
@@ -208,14 +221,19 @@ def check_request(engine: Engine, prompt_tokens: Sequence[int], sampling: Sampli
     """Raise `RequestError` for a request that no engine of this model could serve."""
     if not prompt_tokens:
         raise RequestError("the prompt is empty", expected="at least one token")
-    wrong = next((i for i, token in enumerate(prompt_tokens) if not 0 <= token < engine.vocab_size), None)
-    if wrong is not None:
-        raise RequestError(
-            f"token id at position {wrong} is out of range",
-            expected=f"0 <= id < {engine.vocab_size}",
-            got=prompt_tokens[wrong],
-            fix="Tokenise with this model's own tokenizer.",
-        )
+    for what, tokens in (
+        ("token id", prompt_tokens),
+        ("stop token", sampling.stop_token_ids),
+        *(("stop token", run) for run in sampling.stop_sequences),
+    ):
+        wrong = next((i for i, token in enumerate(tokens) if not 0 <= token < engine.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"{what} at position {wrong} is out of range",
+                expected=f"0 <= id < {engine.vocab_size}",
+                got=tokens[wrong],
+                fix="Tokenise with this model's own tokenizer.",
+            )
     room = engine.max_model_len - len(prompt_tokens)
     if room < 1:
         raise RequestError(

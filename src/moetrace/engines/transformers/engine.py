@@ -28,13 +28,20 @@ from moetrace.engines.transformers import loading
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.engines.transformers.sampling import Sampler, generation_config
-from moetrace.engines.transformers.stopping import StopTexts
+from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
 from moetrace.errors import EngineError, RequestError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _NewWeights:
+    """Stands among the engine's outputs: what comes after it was finished by weights of this version."""
+
+    version: str
 
 
 @dataclass
@@ -46,7 +53,7 @@ class _Pending:
     future: Future[GenerateResult]
     return_routes: bool
     stop_ids: frozenset[int]
-    stop_texts: StopTexts | None
+    stops: Stops
     aborted: bool = False
 
 
@@ -74,7 +81,7 @@ class TransformersEngine:
             generation_config=generation_config(self.vocab_size, self._eos_token_ids),
             continuous_batching_config=loading.batching_config(model.device, window, config),
         )
-        self._sampler = Sampler(self._manager, self.vocab_size)
+        self._sampler = Sampler(self._manager, self.vocab_size, self._eos_token_ids)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
         self._sampler.attach(processor)
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
@@ -144,7 +151,9 @@ class TransformersEngine:
         check_request(self, prompt_tokens, sampling, return_routes)
         if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this engine has none", fix="Pass stop_token_ids.")
-        prompt, stop_ids = list(prompt_tokens), list(sampling.stop_token_ids)
+        prompt, stop_ids = list(prompt_tokens), list[int]()
+        if sampling.min_new_tokens <= 1:
+            stop_ids += sampling.stop_token_ids
         if not sampling.ignore_eos:
             stop_ids += self._eos_token_ids
         with self._lock:
@@ -157,8 +166,8 @@ class TransformersEngine:
             names = [request_id, *(f"{request_id}__child#{i}" for i in range(sampling.n - 1))]  # as the engine's forks
             futures = []
             for name in names:
-                texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
-                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), texts)
+                stops = Stops(self._tokenizer, sampling)
+                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops)
                 futures.append(pending.future)
                 self._pending[name] = pending
                 if self._capture and return_routes:
@@ -168,9 +177,9 @@ class TransformersEngine:
                 prompt,
                 request_id=request_id,
                 max_new_tokens=sampling.max_new_tokens,
-                streaming=bool(sampling.stop),
+                streaming=bool(stops),
                 eos_token_id=stop_ids or -1,
-                **self._sampler.admit(sampling),
+                **self._sampler.admit(len(prompt), sampling),
             )
         return Generation(request_id, tuple(futures))
 
@@ -204,6 +213,7 @@ class TransformersEngine:
             apply_weights(checked)
             self._loop.forget_prefixes()
             self._versions.append(version)
+            self._loop.deliver(_NewWeights(version))
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
@@ -238,11 +248,14 @@ class TransformersEngine:
 
     def _deliver(self) -> None:
         """Hand finished sequences to their futures, off the generation thread."""
+        version = self.config.weight_version
         while True:
             output = self._manager.get_result(timeout=0.05)
-            if output is not None:
+            if isinstance(output, _NewWeights):
+                version = output.version
+            elif output is not None:
                 if output.is_finished():
-                    self._finish(output)
+                    self._finish(output, version)
                 else:
                     self._look_for_stop(output)
             elif not self.is_healthy():
@@ -251,10 +264,10 @@ class TransformersEngine:
 
     def _look_for_stop(self, output: Any) -> None:
         pending = self._pending.get(output.request_id)
-        if pending is not None and pending.stop_texts and pending.stop_texts.found(output.generated_tokens):
+        if pending is not None and pending.stops.found(output.generated_tokens):
             self._manager.cancel_request(output.request_id)
 
-    def _finish(self, output: Any) -> None:
+    def _finish(self, output: Any, version: str) -> None:
         with self._lock:
             pending = self._pending.pop(output.request_id, None)
             if pending is None:
@@ -263,18 +276,18 @@ class TransformersEngine:
         try:
             if output.error is not None:
                 raise RequestError(f"the engine failed this request ({output.error})")
-            pending.future.set_result(self._result(output, pending))
+            pending.future.set_result(self._result(output, pending, version))
         except Exception as error:  # one request's failure must reach its client, and no other
             pending.future.set_exception(error)
         finally:
             if self._capture:
                 self._capture.drop(output.request_id)
 
-    def _result(self, output: Any, pending: _Pending) -> GenerateResult:
+    def _result(self, output: Any, pending: _Pending, version: str) -> GenerateResult:
         generated = list(output.generated_tokens)
         reason: FinishReason = "length"
-        if pending.stop_texts and pending.stop_texts.found(generated):
-            generated, reason = generated[: pending.stop_texts.length], "stop"
+        if pending.stops.found(generated):
+            generated, reason = generated[: pending.stops.length], "stop"
         elif generated and generated[-1] in pending.stop_ids:
             reason = "stop"
         elif pending.aborted and len(generated) < pending.sampling.max_new_tokens:
@@ -293,7 +306,9 @@ class TransformersEngine:
                 fingerprint=self._capture.fingerprint,
                 engine=self.name,
             )
-        return GenerateResult(pending.prompt, generated, list(output.logprobs)[: len(generated)], reason, trace)
+            version = trace.weight_spans[-1].version if trace.weight_spans else version
+        logprobs = list(output.logprobs)[: len(generated)]
+        return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace)
 
     def _weight_spans(self, rows: CapturedRows) -> list[WeightSpan]:
         """Runs of equal weights; a row that is missing goes with the one before it."""

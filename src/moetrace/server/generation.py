@@ -1,0 +1,71 @@
+"""`/generate`. Tokenising and encoding run in worker threads, never on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from moetrace.dialects import require_id_type
+from moetrace.engines.base import Engine, Generation, SamplingParams, check_request
+from moetrace.errors import FormatError, RequestError
+from moetrace.server.responses import encode_responses
+from moetrace.server.schemas import GenerateParameters, GenerateRequest
+from moetrace.server.texts import Tokenizer, prompt_tokens
+
+
+def generation_routes(engine: Engine, tokenizer: Tokenizer | None) -> APIRouter:
+    """The routes that generate."""
+    router = APIRouter()
+
+    @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
+    async def generate(request: GenerateRequest) -> Response:
+        parameters = request.parameters
+        sampling = parameters.sampling()
+        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
+        generations = submit_all(engine, prompts, sampling, parameters)
+        results = [[await asyncio.wrap_future(future) for future in g.futures] for g in generations]
+        body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
+        return Response(body, media_type="application/json")
+
+    return router
+
+
+def submit_all(
+    engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, parameters: GenerateParameters
+) -> list[Generation]:
+    """Queue all prompts of a request, or none.
+
+    Raises:
+        RequestError: one of them cannot be served as asked.
+        EngineError: the engine has stopped.
+    """
+    for prompt in prompts:
+        check_request(engine, prompt, sampling, parameters.return_routed_experts)
+        _check_routing(engine, len(prompt), parameters)
+    generations: list[Generation] = []
+    try:
+        for prompt in prompts:
+            generations.append(engine.submit(prompt, sampling, return_routes=parameters.return_routed_experts))
+    except Exception:
+        for generation in generations:
+            engine.abort(generation.request_id)
+        raise
+    return generations
+
+
+def _check_routing(engine: Engine, prompt_length: int, parameters: GenerateParameters) -> None:
+    if not 0 <= parameters.routed_experts_start <= prompt_length:
+        raise RequestError(
+            "routed_experts_start is out of range",
+            expected=f"0 <= start <= {prompt_length} prompt tokens",
+            got=parameters.routed_experts_start,
+            fix="Pass how many rows of the conversation you have: prompt + output - 1 of the turn before.",
+        )
+    if parameters.return_routed_experts and engine.layout is not None:
+        try:
+            require_id_type(engine.layout, parameters.routed_experts_dtype)
+        except FormatError as error:
+            raise RequestError(error.what, expected=error.expected, got=error.got, fix=error.fix) from error
