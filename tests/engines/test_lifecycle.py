@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from dye import Dye
+from safetensors.torch import load_file, save_file
 from test_transformers_engine import CAPTURE, assert_dyed, count_computed, generate, prompts_of
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
 from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.errors import CaptureError, EngineError, RequestError
+from moetrace.errors import CaptureError, EngineError, RequestError, WeightsError
 from moetrace.trace import WeightSpan
 
 TINY = "models/tiny-qwen3-moe"
@@ -282,6 +283,14 @@ def test_aborting_everything_twice_and_a_stranger_is_harmless(dye: Dye, make_eng
     assert_dyed(dye, done.result(60))
 
 
+def test_a_future_that_somebody_cancels_harms_nobody(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    generation = engine.submit([1, 2], SamplingParams(30), return_routes=True)
+    assert not generation.futures[0].cancel()  # abort ends a request
+    assert_dyed(dye, generation.result(60))
+    assert_dyed(dye, generate(engine, [[4, 5]])[0])
+
+
 def test_prefixes_of_aborted_requests_are_shared_with_right_rows(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model(), max_batch_tokens=16)
     prompt = prompts_of(dye, 1, seed=8, longest=90)[0] + list(range(60))
@@ -406,6 +415,20 @@ def test_new_weights_from_a_checkpoint_folder(dye: Dye, make_engine, tmp_path) -
     other.model().save_pretrained(tmp_path)
     engine.update_weights(str(tmp_path), "new")
     assert_dyed(other, generate(engine, [[1, 2, 3]])[0])
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(dye: Dye, make_engine, tmp_path) -> None:
+    rerouted(dye)[0].model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.gate.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    engine = make_engine(dye.model())
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(WeightsError, match=r"1 missing, among them model\.layers\.1\.mlp\.gate\.weight"):
+            engine.update_weights(str(path), "new")
+    assert_dyed(dye, generate(engine, [[1, 2, 3]])[0])
+    with pytest.raises(EngineError, match="lacks weights"):
+        TransformersEngine.load(str(tmp_path))
 
 
 def gpt_oss(window: int = 16) -> GptOssForCausalLM:

@@ -104,7 +104,8 @@ def test_special_tokens_stay_in_the_text_when_asked(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "start"), list(itertools.product(["LTK", "TLK"], ["int32", "int16", "uint16", "uint8"], [0, 2, 4]))
+    ("layout", "dtype", "start"),
+    list(itertools.product(["LTK", "TLK"], ["int32", "int16", "uint16", "uint8"], [0, 2, 4])),
 )
 def test_routes_come_in_the_order_type_and_from_the_row_asked_for(
     client: TestClient, layout: str, dtype: str, start: int

@@ -170,6 +170,21 @@ class Engine(Protocol):
         """The model's MoE layout where routes are captured, else None."""
         ...
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the model where routes are captured, else None."""
+        ...
+
+    @property
+    def weight_version(self) -> str:
+        """Name of the weights that steps run with now."""
+        ...
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not since."""
+        ...
+
     def submit(
         self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
     ) -> Generation:
@@ -200,11 +215,13 @@ class Engine(Protocol):
         """Replace the model's weights between two steps, all or none; running requests go on with the new ones.
 
         Args:
-            weights: a checkpoint folder of the same model, or tensors by the names of the model's state dict.
+            weights: a checkpoint folder of the same model or one safetensors file with the same names; or tensors by
+                the names of the model's state dict.
             version: name of the weights; every row says which it was computed by.
 
         Raises:
-            EngineError: names, shapes or dtypes are not the model's; the old weights stay.
+            WeightsError: there are none, or names, shapes or dtypes are not the model's; the old weights stay.
+            EngineError: the engine has stopped.
         """
         ...
 

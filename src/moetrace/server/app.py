@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 
 from moetrace import __version__
 from moetrace.engines.base import Engine
 from moetrace.server.errors import handle_errors
 from moetrace.server.generation import generation_routes
+from moetrace.server.lifecycle import lifecycle_routes
+from moetrace.server.requests import RequestIds, RequestTable
 from moetrace.server.texts import Tokenizer
 
 
@@ -21,12 +22,8 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None) -> FastAPI:
     """
     app = FastAPI(title="moetrace", version=__version__, summary="Generate, and return the experts that were chosen.")
     handle_errors(app)
-    app.include_router(generation_routes(engine, tokenizer))
-
-    @app.get("/health", summary="200 while the engine can serve, else 503")
-    async def health() -> JSONResponse:
-        healthy = engine.is_healthy()
-        facts = {"status": "ok" if healthy else "stopped", "engine": engine.name, "captures": engine.layout is not None}
-        return JSONResponse(facts, 200 if healthy else 503)
-
+    app.add_middleware(RequestIds)
+    requests = RequestTable(engine)
+    app.include_router(generation_routes(engine, tokenizer, requests))
+    app.include_router(lifecycle_routes(engine, requests))
     return app

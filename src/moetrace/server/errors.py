@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from moetrace.errors import EngineError, MoetraceError, RequestError
+from moetrace.errors import DuplicateRequestError, EngineError, MoetraceError, RequestError, WeightsError
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -15,7 +16,11 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MoetraceError)
     async def refuse(_: Request, error: MoetraceError) -> JSONResponse:
-        return error_response(503 if isinstance(error, EngineError) else 400, error)
+        return error_response(next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400), error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def ignore(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it; logs and metrics do
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -24,6 +29,9 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_http(_: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, RequestError(f"the request cannot be served ({error.detail})"))
+
+
+_STATUS: dict[type[MoetraceError], int] = {DuplicateRequestError: 409, WeightsError: 400, EngineError: 503}
 
 
 def error_response(status: int, error: MoetraceError, headers: dict[str, str] | None = None) -> JSONResponse:

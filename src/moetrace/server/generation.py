@@ -3,34 +3,66 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from moetrace.dialects import require_id_type
-from moetrace.engines.base import Engine, Generation, SamplingParams, check_request
+from moetrace.engines.base import Engine, GenerateResult, Generation, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
+from moetrace.server.requests import RequestTable
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
 from moetrace.server.texts import Tokenizer, prompt_tokens
 
+Item = TypeVar("Item")
 
-def generation_routes(engine: Engine, tokenizer: Tokenizer | None) -> APIRouter:
+
+def generation_routes(engine: Engine, tokenizer: Tokenizer | None, requests: RequestTable) -> APIRouter:
     """The routes that generate."""
     router = APIRouter()
 
     @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
-    async def generate(request: GenerateRequest) -> Response:
+    async def generate(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
-        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
-        generations = submit_all(engine, prompts, sampling, parameters)
-        results = [[await asyncio.wrap_future(future) for future in g.futures] for g in generations]
-        body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
+        with requests.open(http.state.request_id) as running:
+            prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
+            running.generations = submit_all(engine, prompts, sampling, parameters)
+            results = await unless_disconnected(http, _results(running.generations))
+            body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
         return Response(body, media_type="application/json")
 
     return router
+
+
+async def _results(generations: Sequence[Generation]) -> list[list[GenerateResult]]:
+    return [[await asyncio.wrap_future(future) for future in generation.futures] for generation in generations]
+
+
+async def unless_disconnected(http: Request, work: Coroutine[Any, Any, Item]) -> Item:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def submit_all(

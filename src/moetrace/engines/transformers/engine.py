@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,16 @@ class TransformersEngine:
         return self._capture.counts if self._capture else None
 
     @property
+    def fingerprint(self) -> str | None:
+        """The model's fingerprint where routes are captured, else None."""
+        return self._capture.fingerprint if self._capture else None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not since."""
+        return self._loop.paused
+
+    @property
     def weight_version(self) -> str:
         """Name of the weights that steps run with now."""
         return self._versions[-1]
@@ -168,6 +178,7 @@ class TransformersEngine:
             for name in names:
                 stops = Stops(self._tokenizer, sampling)
                 pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops)
+                pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
                 self._pending[name] = pending
                 if self._capture and return_routes:
@@ -204,10 +215,8 @@ class TransformersEngine:
         """Replace the weights between two steps, all or none; see `Engine.update_weights`."""
         self._require_one_process("update_weights")
         if isinstance(weights, str):
-            weights = loading.load_model(weights, self.config, require_moe=False, device="cpu").state_dict()
+            weights = loading.load_weights(weights, self._model, self.config)
         checked = check_weights(self._model, weights)
-        if not self.is_healthy():
-            raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
 
         def apply() -> None:
             apply_weights(checked)
@@ -217,7 +226,12 @@ class TransformersEngine:
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
-        self._loop.call(apply).result()
+        applied = self._loop.call(apply)
+        while not applied.done():
+            if not self.is_healthy():
+                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+            wait([applied], timeout=1.0)
+        applied.result()
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
@@ -275,7 +289,7 @@ class TransformersEngine:
             self._sampler.retire(pending.sampling)
         try:
             if output.error is not None:
-                raise RequestError(f"the engine failed this request ({output.error})")
+                raise EngineError(f"the engine failed this request ({output.error})", fix="Send it again.")
             pending.future.set_result(self._result(output, pending, version))
         except Exception as error:  # one request's failure must reach its client, and no other
             pending.future.set_exception(error)
