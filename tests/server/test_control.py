@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
+from asgi import Call, until
 from dye import Dye
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
@@ -231,42 +231,21 @@ def test_weights_that_do_not_fit_are_a_400_and_change_nothing(client, tmp_path) 
     assert_rows(post(client, "/generate", body_of([5], 4)))
 
 
-def test_a_client_that_goes_away_ends_its_request(engine) -> None:
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_client_that_goes_away_ends_its_request(engine, path: str) -> None:
     app = create_app(engine)
 
     async def scenario() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-            sent, left = asyncio.Event(), asyncio.Event()
-
-            async def receive() -> dict[str, Any]:
-                if not sent.is_set():
-                    sent.set()
-                    return {"type": "http.request", "body": b'{"inputs": [1], "parameters": {"max_new_tokens": 400}}'}
-                await left.wait()
-                return {"type": "http.disconnect"}
-
-            async def send(message: Any) -> None:
-                pass
-
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/generate",
-                "query_string": b"",
-                "headers": [(b"content-type", b"application/json")],
-            }
-            request = asyncio.create_task(app(scope, receive, send))
-            while not engine._pending:
-                await asyncio.sleep(0.002)
-            (pending,) = engine._pending.values()
-            left.set()
-            await request
-            while not pending.future.done():
-                await asyncio.sleep(0.002)
-            assert pending.future.result().finish_reason == "abort"
-            assert (await http.get("/ready")).status_code == 200
+        call = Call(app, path, {"inputs": [1], "parameters": {"max_new_tokens": 400, "n": 2}})
+        await until(lambda: len(engine._pending) == 2)
+        futures = [pending.future for pending in engine._pending.values()]
+        call.leave()
+        await call.done
+        await until(lambda: all(future.done() for future in futures))
+        assert [future.result().finish_reason for future in futures] == ["abort", "abort"]
 
     asyncio.run(scenario())
+    assert_rows(post(TestClient(app), "/generate", body_of([5], 4)))
 
 
 def test_when_the_engines_thread_dies_everybody_is_told(pool) -> None:

@@ -5,7 +5,7 @@ P prompt tokens and O generated tokens give a trace of P + O - 1 rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -90,6 +90,10 @@ class GenerateResult:
     finish_reason: FinishReason
     weight_version: str
     trace: RoutingTrace | None = None
+
+
+Progress = Callable[[int, list[int], list[float]], None]
+"""Number of the sequence (below n), its output tokens so far, and their log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,21 @@ class Engine(Protocol):
         ...
 
     def submit(
-        self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
+        self,
+        prompt_tokens: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        return_routes: bool = False,
+        on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request.
+
+        Args:
+            prompt_tokens: token ids.
+            sampling: how to generate.
+            return_routes: give the result a trace.
+            on_progress: told of new tokens, on a thread of the engine: it must return at once. The tokens that end a
+                sequence come with its result only.
 
         Raises:
             RequestError: the request cannot be served as asked; said at once, nothing was queued.

@@ -1,24 +1,22 @@
-"""`/generate`. Tokenising and encoding run in worker threads, never on the event loop."""
+"""`/generate` and `/generate_stream`. Tokenising and encoding run in worker threads, never on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
 
 from moetrace.dialects import require_id_type
-from moetrace.engines.base import Engine, GenerateResult, Generation, SamplingParams, check_request
+from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
 from moetrace.server.requests import RequestTable
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
+from moetrace.server.streaming import Arrivals, EventStream, token_events, unless_disconnected
 from moetrace.server.texts import Tokenizer, prompt_tokens
-
-Item = TypeVar("Item")
 
 
 def generation_routes(engine: Engine, tokenizer: Tokenizer | None, requests: RequestTable) -> APIRouter:
@@ -32,9 +30,28 @@ def generation_routes(engine: Engine, tokenizer: Tokenizer | None, requests: Req
         with requests.open(http.state.request_id) as running:
             prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
             running.generations = submit_all(engine, prompts, sampling, parameters)
-            results = await unless_disconnected(http, _results(running.generations))
+            results = await unless_disconnected(http.receive, _results(running.generations))
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
         return Response(body, media_type="application/json")
+
+    @router.post("/generate_stream", summary="Generate from one prompt; tokens come as server-sent events")
+    async def generate_stream(request: GenerateRequest, http: Request) -> Response:
+        parameters = request.parameters
+        sampling = parameters.sampling()
+        if request.is_batch:
+            raise RequestError(
+                "a stream has one prompt",
+                expected="text, or a list of token ids",
+                got=f"a list of {len(request.prompts)} prompts",
+                fix="Open a stream for each.",
+            )
+        with ExitStack() as opened:
+            running = opened.enter_context(requests.open(http.state.request_id))
+            prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
+            arrivals = Arrivals()
+            running.generations = submit_all(engine, prompts, sampling, parameters, arrivals.on_progress)
+            arrivals.expect(running.generations[0])
+            return EventStream(token_events(arrivals, len(prompts[0]), parameters, tokenizer), opened.pop_all())
 
     return router
 
@@ -43,30 +60,12 @@ async def _results(generations: Sequence[Generation]) -> list[list[GenerateResul
     return [[await asyncio.wrap_future(future) for future in generation.futures] for generation in generations]
 
 
-async def unless_disconnected(http: Request, work: Coroutine[Any, Any, Item]) -> Item:
-    """The result of `work`, which is cancelled when the client goes away.
-
-    Raises:
-        ClientDisconnect: it did.
-    """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
 def submit_all(
-    engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, parameters: GenerateParameters
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+    parameters: GenerateParameters,
+    on_progress: Progress | None = None,
 ) -> list[Generation]:
     """Queue all prompts of a request, or none.
 
@@ -80,7 +79,8 @@ def submit_all(
     generations: list[Generation] = []
     try:
         for prompt in prompts:
-            generations.append(engine.submit(prompt, sampling, return_routes=parameters.return_routed_experts))
+            routes = parameters.return_routed_experts
+            generations.append(engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress))
     except Exception:
         for generation in generations:
             engine.abort(generation.request_id)

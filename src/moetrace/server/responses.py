@@ -43,11 +43,7 @@ def response_of(
         "prompt_token_ids": prompt,
         "output_token_ids": each([sequence.output_tokens for sequence in sequences]),
         "weight_version": each([sequence.weight_version for sequence in sequences]),
-        "usage": {
-            "prompt_tokens": len(prompt),
-            "completion_tokens": sum(counts),
-            "total_tokens": len(prompt) + sum(counts),
-        },
+        "usage": usage_of(sequences),
     }
     if parameters.return_details:
         response["tokens"] = each([details_of(sequence, tokenizer) for sequence in sequences])
@@ -55,6 +51,12 @@ def response_of(
     if traces:
         response["routed_experts"] = each([routes_of(trace, parameters) for trace in traces])
     return response
+
+
+def usage_of(sequences: Sequence[GenerateResult]) -> dict[str, int]:
+    """How many tokens the sequences of one prompt took."""
+    prompt, output = len(sequences[0].prompt_tokens), sum(len(sequence.output_tokens) for sequence in sequences)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
 def text_of(sequence: GenerateResult, parameters: GenerateParameters, tokenizer: Tokenizer) -> str:

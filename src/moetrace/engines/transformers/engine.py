@@ -6,9 +6,10 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from moetrace.engines.base import (
     FinishReason,
     GenerateResult,
     Generation,
+    Progress,
     SamplingParams,
     check_request,
 )
@@ -54,6 +56,7 @@ class _Pending:
     return_routes: bool
     stop_ids: frozenset[int]
     stops: Stops
+    on_progress: Callable[[list[int], list[float]], None] | None
     aborted: bool = False
 
 
@@ -155,7 +158,12 @@ class TransformersEngine:
         return f"{device}, window {self.max_model_len}, KV cache {self._cache_tokens} tokens, {routes}"
 
     def submit(
-        self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
+        self,
+        prompt_tokens: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        return_routes: bool = False,
+        on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request; see `Engine.submit`."""
         check_request(self, prompt_tokens, sampling, return_routes)
@@ -175,9 +183,10 @@ class TransformersEngine:
             request_id = f"request-{next(self._ids)}"
             names = [request_id, *(f"{request_id}__child#{i}" for i in range(sampling.n - 1))]  # as the engine's forks
             futures = []
-            for name in names:
+            for number, name in enumerate(names):
                 stops = Stops(self._tokenizer, sampling)
-                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops)
+                told = None if on_progress is None else partial(on_progress, number)
+                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told)
                 pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
                 self._pending[name] = pending
@@ -188,7 +197,7 @@ class TransformersEngine:
                 prompt,
                 request_id=request_id,
                 max_new_tokens=sampling.max_new_tokens,
-                streaming=bool(stops),
+                streaming=bool(stops) or on_progress is not None,
                 eos_token_id=stop_ids or -1,
                 **self._sampler.admit(len(prompt), sampling),
             )
@@ -271,15 +280,24 @@ class TransformersEngine:
                 if output.is_finished():
                     self._finish(output, version)
                 else:
-                    self._look_for_stop(output)
+                    self._proceed(output)
             elif not self.is_healthy():
                 break
         self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
 
-    def _look_for_stop(self, output: Any) -> None:
+    def _proceed(self, output: Any) -> None:
+        """A sequence has a new token: end it if that completes a stop, else tell who wants to know."""
         pending = self._pending.get(output.request_id)
-        if pending is not None and pending.stops.found(output.generated_tokens):
+        if pending is None:
+            return
+        if pending.stops.found(output.generated_tokens):
             self._manager.cancel_request(output.request_id)
+        elif pending.on_progress is not None:
+            try:
+                pending.on_progress(output.generated_tokens, output.logprobs)
+            except Exception:  # one request's listener must not end the delivery of others
+                logger.exception("%s: its listener failed and is told no more", output.request_id)
+                pending.on_progress = None
 
     def _finish(self, output: Any, version: str) -> None:
         with self._lock:
