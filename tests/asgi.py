@@ -12,6 +12,7 @@ class Call:
 
     def __init__(self, app: Any, path: str, body: object, headers: dict[str, str] | None = None) -> None:
         self.status: int | None = None
+        self.headers: dict[str, str] = {}
         self.chunks: list[bytes] = []
         self._body, self._left = json.dumps(body).encode(), asyncio.Event()
         self._asked = False
@@ -38,7 +39,9 @@ class Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: dict[str, Any]) -> None:
-        self.status = message.get("status", self.status)
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
         if message.get("body"):
             self.chunks.append(message["body"])
 

@@ -98,9 +98,10 @@ Progress = Callable[[int, list[int], list[float]], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """A request under way: its id, and a future for each of its `n` sequences."""
+    """A request under way: its id, the length of its prompt, and a future for each of its `n` sequences."""
 
     request_id: str
+    prompt_length: int
     futures: tuple[Future[GenerateResult], ...]
 
     def result(self, timeout: float | None = None) -> GenerateResult:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.responses import Response
 
 from moetrace import __version__
 from moetrace.engines.base import Engine
+from moetrace.server.config import ServerConfig
 from moetrace.server.errors import handle_errors
-from moetrace.server.generation import generation_routes
+from moetrace.server.gate import Gate
+from moetrace.server.generation import Generator, generation_routes
 from moetrace.server.lifecycle import lifecycle_routes
-from moetrace.server.requests import RequestIds, RequestTable
+from moetrace.server.metrics import Metrics
+from moetrace.server.requests import RequestTable
 from moetrace.server.texts import Tokenizer
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer | None = None) -> FastAPI:
+def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: ServerConfig | None = None) -> FastAPI:
     """The server of one engine.
 
     Args:
         engine: what generates; it is not closed by the application.
         tokenizer: the checkpoint's tokenizer; without one the server takes and returns token ids only.
+        config: who may ask, and how much at once.
     """
+    config = config or ServerConfig()
     app = FastAPI(title="moetrace", version=__version__, summary="Generate, and return the experts that were chosen.")
+    metrics, requests = Metrics(engine), RequestTable(engine, config)
+    metrics.watch(lambda: len(requests), lambda: requests.sequences)
+    app.state.requests = requests
     handle_errors(app)
-    app.add_middleware(RequestIds)
-    requests = RequestTable(engine)
-    app.include_router(generation_routes(engine, tokenizer, requests))
+    app.add_middleware(Gate, config=config, metrics=metrics)
+    app.include_router(generation_routes(Generator(engine, tokenizer, requests, config, metrics)))
     app.include_router(lifecycle_routes(engine, requests))
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
     return app

@@ -8,7 +8,15 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from moetrace.errors import DuplicateRequestError, EngineError, MoetraceError, RequestError, WeightsError
+from moetrace.errors import (
+    DuplicateRequestError,
+    EngineError,
+    MoetraceError,
+    OverloadedError,
+    RequestError,
+    ShuttingDownError,
+    WeightsError,
+)
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -16,7 +24,13 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MoetraceError)
     async def refuse(_: Request, error: MoetraceError) -> JSONResponse:
-        return error_response(next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400), error)
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
+        later = isinstance(error, OverloadedError | ShuttingDownError)
+        return error_response(status, error, {"Retry-After": "1"} if later else None)
+
+    @app.exception_handler(Exception)
+    async def own_up(_: Request, error: Exception) -> JSONResponse:  # the server logs it with its traceback
+        return error_response(500, MoetraceError("the server has a bug", got=type(error).__name__, fix=_REPORT))
 
     @app.exception_handler(ClientDisconnect)
     async def ignore(_: Request, error: ClientDisconnect) -> Response:
@@ -31,7 +45,13 @@ def handle_errors(app: FastAPI) -> None:
         return error_response(error.status_code, RequestError(f"the request cannot be served ({error.detail})"))
 
 
-_STATUS: dict[type[MoetraceError], int] = {DuplicateRequestError: 409, WeightsError: 400, EngineError: 503}
+_REPORT = "Its log says where; please report it."
+_STATUS: dict[type[MoetraceError], int] = {
+    DuplicateRequestError: 409,
+    OverloadedError: 429,
+    WeightsError: 400,
+    EngineError: 503,
+}
 
 
 def error_response(status: int, error: MoetraceError, headers: dict[str, str] | None = None) -> JSONResponse:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -12,25 +14,65 @@ from fastapi.responses import Response
 from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
-from moetrace.server.requests import RequestTable
+from moetrace.server.config import ServerConfig
+from moetrace.server.metrics import Metrics
+from moetrace.server.requests import RequestTable, Running
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
 from moetrace.server.streaming import Arrivals, EventStream, token_events, unless_disconnected
 from moetrace.server.texts import Tokenizer, prompt_tokens
 
 
-def generation_routes(engine: Engine, tokenizer: Tokenizer | None, requests: RequestTable) -> APIRouter:
+@dataclass(frozen=True)
+class Generator:
+    """What it takes to serve a request."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    requests: RequestTable
+    config: ServerConfig
+    metrics: Metrics
+
+    async def submit(
+        self, request: GenerateRequest, sampling: SamplingParams, running: Running, on_progress: Progress | None = None
+    ) -> None:
+        """Tokenise and queue all prompts of a request, or none.
+
+        Raises:
+            RequestError: one of them cannot be served as asked.
+            EngineError: the engine has stopped.
+        """
+        parameters, routes = request.parameters, request.parameters.return_routed_experts
+        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
+        for prompt in prompts:
+            self._check_length(len(prompt))
+            check_request(self.engine, prompt, sampling, routes)
+            _check_routing(self.engine, len(prompt), parameters)
+        for prompt in prompts:  # if one fails after all, leaving `running` aborts the others
+            generation = self.engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress)
+            running.generations.append(generation)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.max_prompt_tokens
+        if limit is not None and length > limit:
+            raise RequestError("the prompt is too long for this server", expected=f"at most {limit} tokens", got=length)
+
+
+def generation_routes(generator: Generator) -> APIRouter:
     """The routes that generate."""
     router = APIRouter()
+    tokenizer, requests, metrics = generator.tokenizer, generator.requests, generator.metrics
 
     @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
     async def generate(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
-        with requests.open(http.state.request_id) as running:
-            prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
-            running.generations = submit_all(engine, prompts, sampling, parameters)
+        with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
+            await generator.submit(request, sampling, running)
             results = await unless_disconnected(http.receive, _results(running.generations))
+            for sequences in results:
+                metrics.finished(sequences)
+            http.state.facts = _facts(results)
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
         return Response(body, media_type="application/json")
 
@@ -46,12 +88,11 @@ def generation_routes(engine: Engine, tokenizer: Tokenizer | None, requests: Req
                 fix="Open a stream for each.",
             )
         with ExitStack() as opened:
-            running = opened.enter_context(requests.open(http.state.request_id))
-            prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, tokenizer)
+            running = opened.enter_context(requests.open(http.state.request_id, sampling.n))
             arrivals = Arrivals()
-            running.generations = submit_all(engine, prompts, sampling, parameters, arrivals.on_progress)
+            await generator.submit(request, sampling, running, arrivals.on_progress)
             arrivals.expect(running.generations[0])
-            return EventStream(token_events(arrivals, len(prompts[0]), parameters, tokenizer), opened.pop_all())
+            return EventStream(token_events(arrivals, parameters, tokenizer, metrics), opened.pop_all())
 
     return router
 
@@ -60,32 +101,14 @@ async def _results(generations: Sequence[Generation]) -> list[list[GenerateResul
     return [[await asyncio.wrap_future(future) for future in generation.futures] for generation in generations]
 
 
-def submit_all(
-    engine: Engine,
-    prompts: Sequence[list[int]],
-    sampling: SamplingParams,
-    parameters: GenerateParameters,
-    on_progress: Progress | None = None,
-) -> list[Generation]:
-    """Queue all prompts of a request, or none.
-
-    Raises:
-        RequestError: one of them cannot be served as asked.
-        EngineError: the engine has stopped.
-    """
-    for prompt in prompts:
-        check_request(engine, prompt, sampling, parameters.return_routed_experts)
-        _check_routing(engine, len(prompt), parameters)
-    generations: list[Generation] = []
-    try:
-        for prompt in prompts:
-            routes = parameters.return_routed_experts
-            generations.append(engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress))
-    except Exception:
-        for generation in generations:
-            engine.abort(generation.request_id)
-        raise
-    return generations
+def _facts(results: list[list[GenerateResult]]) -> dict[str, Any]:
+    """What the log says of a finished request."""
+    sequences = [sequence for of_prompt in results for sequence in of_prompt]
+    return {
+        "prompt_tokens": sum(len(of_prompt[0].prompt_tokens) for of_prompt in results),
+        "output_tokens": sum(len(sequence.output_tokens) for sequence in sequences),
+        "finish_reasons": sorted({sequence.finish_reason for sequence in sequences}),
+    }
 
 
 def _check_routing(engine: Engine, prompt_length: int, parameters: GenerateParameters) -> None:

@@ -45,7 +45,8 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
 
     @router.get("/ready", summary="200 while a request would be served at once, else 503")
     async def ready() -> JSONResponse:
-        state = "stopped" if not engine.is_healthy() else "paused" if engine.is_paused else "ready"
+        state = "paused" if engine.is_paused else "ready"
+        state = "stopped" if not engine.is_healthy() else "shutting down" if requests.is_draining else state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @router.get("/model", summary="Which model, with which weights")

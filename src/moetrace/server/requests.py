@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import uuid
+import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from moetrace.engines.base import Engine, Generation
-from moetrace.errors import DuplicateRequestError
-
-HEADER = "X-Request-Id"
-
-
-class RequestIds:
-    """ASGI middleware: every request has an id, its client's or a new one, and every response repeats it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        asked = Headers(scope=scope).get(HEADER, "")
-        request_id = asked if re.fullmatch(r"[\x21-\x7e]{1,128}", asked) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = request_id
-            await send(message)
-
-        return await self._app(scope, receive, send_with_id)
+from moetrace.errors import DuplicateRequestError, OverloadedError, RequestError, ShuttingDownError
+from moetrace.server.config import ServerConfig
 
 
 @dataclass
@@ -43,34 +17,62 @@ class Running:
     """A request under way: what the engine generates for it."""
 
     request_id: str
+    sequences: int
     generations: list[Generation] = field(default_factory=list)
 
 
 class RequestTable:
     """The requests under way. Used from the event loop only."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self._engine, self._config = engine, config
         self._running: dict[str, Running] = {}
+        self.is_draining = False
+        """Whether the server is shutting down."""
 
     def __len__(self) -> int:
         return len(self._running)
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that the requests under way asked for."""
+        return sum(running.sequences for running in self._running.values())
+
     @contextmanager
-    def open(self, request_id: str) -> Iterator[Running]:
+    def open(self, request_id: str, sequences: int) -> Iterator[Running]:
         """A place for a request. What it still generates when it leaves early is aborted.
 
         Raises:
             DuplicateRequestError: the id is taken by a request under way.
+            OverloadedError: there is no place now.
+            RequestError: there never will be.
+            ShuttingDownError: the server is being shut down.
         """
+        if self.is_draining:
+            raise ShuttingDownError("the server is shutting down", fix="Send the request to another one.")
+        if sequences > self._config.max_sequences:
+            raise RequestError(
+                "the request asks for more sequences than the server takes at once",
+                expected=f"prompts * n <= {self._config.max_sequences}",
+                got=sequences,
+                fix="Split it.",
+            )
+        for what, limit, now in (
+            ("requests", self._config.max_requests, len(self) + 1),
+            ("sequences", self._config.max_sequences, self.sequences + sequences),
+        ):
+            if now > limit:
+                raise OverloadedError(
+                    f"too many {what} are under way", expected=f"at most {limit}", got=now, fix=_LATER
+                )
         if request_id in self._running:
             raise DuplicateRequestError(
                 f"request {request_id!r} is under way",
-                expected=f"an id in {HEADER} that no running request has",
+                expected="an X-Request-Id that no running request has",
                 got=request_id,
                 fix="Wait for it, or abort it first: a retry would generate twice.",
             )
-        running = self._running[request_id] = Running(request_id)
+        running = self._running[request_id] = Running(request_id, sequences)
         try:
             yield running
         finally:
@@ -93,7 +95,15 @@ class RequestTable:
         self._engine.abort()
         return list(self._running)
 
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; after `seconds`, answer those under way as they are."""
+        self.is_draining = True
+        asyncio.get_running_loop().call_later(seconds, self.abort_all)
+
     def _abort(self, running: Running) -> None:
         for generation in running.generations:
             if not all(future.done() for future in generation.futures):
                 self._engine.abort(generation.request_id)
+
+
+_LATER = "Send it again later, as Retry-After says."

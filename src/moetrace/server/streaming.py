@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from moetrace.engines.base import GenerateResult, Generation
 from moetrace.errors import MoetraceError
 from moetrace.server.errors import error_facts
+from moetrace.server.metrics import Metrics
 from moetrace.server.responses import routes_of, token_of, usage_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import TextStream, Tokenizer
@@ -30,7 +32,8 @@ class Arrivals:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Arrival | BaseException] = asyncio.Queue()
-        self._open = 0
+        self._open, self.prompt_length = 0, 0
+        self.began = time.perf_counter()
 
     def on_progress(self, sequence: int, tokens: list[int], logprobs: list[float]) -> None:
         """The engine has new tokens."""
@@ -38,7 +41,7 @@ class Arrivals:
 
     def expect(self, generation: Generation) -> None:
         """Wait for the results of `generation` too."""
-        self._open = len(generation.futures)
+        self._open, self.prompt_length = len(generation.futures), generation.prompt_length
         for number, future in enumerate(generation.futures):
             asyncio.wrap_future(future).add_done_callback(partial(self._on_result, number))
 
@@ -59,14 +62,21 @@ class Arrivals:
 
 
 async def token_events(
-    arrivals: Arrivals, prompt_length: int, parameters: GenerateParameters, tokenizer: Tokenizer | None
+    arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
 ) -> AsyncIterator[bytes]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
     try:
         async for number, tokens, logprobs, result in arrivals:
-            stream = streams.setdefault(number, _SequenceEvents(number, prompt_length, parameters, tokenizer))
-            yield stream.of_tokens(tokens, logprobs) if result is None else await asyncio.to_thread(stream.last, result)
+            if number not in streams:
+                told = metrics.stream(arrivals.began)
+                streams[number] = _SequenceEvents(number, arrivals.prompt_length, parameters, tokenizer, told)
+            stream = streams[number]
+            if result is None:
+                yield stream.of_tokens(tokens, logprobs)
+            else:
+                metrics.finished([result])
+                yield await asyncio.to_thread(stream.last, result)
     except MoetraceError as error:
         yield _event({"error": error_facts(error)})
 
@@ -75,12 +85,17 @@ class _SequenceEvents:
     """The events of one sequence."""
 
     def __init__(
-        self, number: int, prompt_length: int, parameters: GenerateParameters, tokenizer: Tokenizer | None
+        self,
+        number: int,
+        prompt_length: int,
+        parameters: GenerateParameters,
+        tokenizer: Tokenizer | None,
+        arrived: Callable[[int], None],
     ) -> None:
         self._number, self._prompt_length = number, prompt_length
         self._parameters, self._tokenizer = parameters, tokenizer
         self._text = None if tokenizer is None else TextStream(tokenizer, parameters.skip_special_tokens)
-        self._sent = 0
+        self._sent, self._arrived = 0, arrived
 
     def of_tokens(self, tokens: list[int], logprobs: list[float]) -> bytes:
         """Events of the tokens that were not sent yet."""
@@ -106,6 +121,7 @@ class _SequenceEvents:
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:
         events = []
+        self._arrived(len(tokens) - self._sent)
         for token, logprob in list(zip(tokens, logprobs, strict=True))[self._sent :]:
             self._sent += 1
             facts = token_of(token, logprob, self._tokenizer)

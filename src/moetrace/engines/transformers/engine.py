@@ -201,7 +201,7 @@ class TransformersEngine:
                 eos_token_id=stop_ids or -1,
                 **self._sampler.admit(len(prompt), sampling),
             )
-        return Generation(request_id, tuple(futures))
+        return Generation(request_id, len(prompt), tuple(futures))
 
     def abort(self, request_id: str | None = None) -> None:
         """End one request or all of them; see `Engine.abort`."""
