@@ -180,6 +180,12 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
                 ({"return_routed_experts": True, "routed_experts_start": 2}, 400, "expected 0 <= start <= 1 prompt"),
                 ({"return_routed_experts": True, "routed_experts_start": -1}, 400, "routed_experts_start is out of"),
                 ({"return_routed_experts": True, "routed_experts_layout": "KLT"}, 422, "routed_experts_layout is wr"),
+                (
+                    {"return_routed_experts": True, "routed_experts_every": 5},
+                    400,
+                    "routed_experts_every is for streams",
+                ),
+                ({"return_routed_experts": True, "routed_experts_every": -5}, 422, "routed_experts_every is wrong"),
                 ({"return_routed_experts": True, "routed_experts_dtype": "int8"}, 422, "routed_experts_dtype is wr"),
             ]
         ),

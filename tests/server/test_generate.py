@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,6 +70,21 @@ def test_n_sequences_come_as_lists_with_the_rows_of_each(client: TestClient) -> 
     assert len(response["routed_experts"]) == 3
     for payload, output in zip(response["routed_experts"], response["output_token_ids"], strict=True):
         assert_dyed(response, payload, output)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_sequences_that_differ_have_rows_of_their_own(client: TestClient, path: str) -> None:
+    parameters = {"n": 4, "do_sample": True, "temperature": 1e6, "max_new_tokens": 12, "return_routed_experts": True}
+    response = client.post(path, json={"inputs": "AB", "parameters": parameters})
+    if path == "/generate":
+        whole = response.json()
+        sequences = list(zip(whole["output_token_ids"], whole["routed_experts"], strict=True))
+    else:
+        events = [json.loads(event.removeprefix(b"data:")) for event in response.content.split(b"\n\n")[:-1]]
+        sequences = [(e["output_token_ids"], e["routed_experts"]) for e in events if e["finished"]]
+    assert len({tuple(output) for output, _ in sequences}) == 4
+    for output, payload in sequences:
+        assert_dyed({"prompt_token_ids": [65, 66]}, payload, output)
 
 
 @pytest.mark.parametrize(

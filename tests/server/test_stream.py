@@ -101,6 +101,57 @@ def test_a_stream_ends_as_the_whole_response_would_with_every_row(client: TestCl
         assert [e["token"]["logprob"] for e in own] == pytest.approx([t["logprob"] for t in details], abs=1e-6)
 
 
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_come_as_deltas_that_join_to_the_whole(client: TestClient, n: int, start: int) -> None:
+    options = {"return_routed_experts": True, "routed_experts_every": 7, "routed_experts_start": start}
+    events = stream(client, "ABC", max_new_tokens=120, n=n, **options)
+    for index in range(n):
+        own = [event for event in events if event["index"] == index]
+        tokens, traces, deltas = list(b"ABC"), [], 0
+        for event in own:
+            tokens.append(event["token"]["id"])
+            if "routed_experts" in event:
+                traces.append(from_lightllm(event["routed_experts"], tokens))
+                deltas += not event["finished"]
+        assert deltas >= 5
+        assert all(trace.valid_T.all() for trace in traces)
+        whole = traces[0]
+        for trace in traces[1:]:
+            whole = whole.concat(trace)
+        assert (whole.start, whole.stop) == (start, 3 + 120 - 1)
+        np.testing.assert_array_equal(whole.experts_TLK, DYE.routes(tokens[:-1])[start:])
+
+
+def test_deltas_stay_right_when_requests_are_preempted_and_share_prefixes() -> None:
+    knobs: dict[str, Any] = {"kv_cache_tokens": 160, "max_batch_tokens": 48, "page_size": 16}
+    engine = TransformersEngine(DYE.model(), EngineConfig(enable_return_routed_experts=True, **knobs))
+    app = create_app(engine)
+    parameters = {"max_new_tokens": 90, "return_routed_experts": True, "routed_experts_every": 5}
+
+    async def scenario() -> list[Call]:
+        prompts = [[*range(20), i] for i in range(6)]
+        calls = [Call(app, "/generate_stream", {"inputs": p, "parameters": parameters}) for p in prompts]
+        await asyncio.gather(*(call.done for call in calls))
+        return calls
+
+    calls = asyncio.run(scenario())
+    engine.close()
+    for call in calls:
+        events = events_of(b"".join(call.chunks))
+        tokens = list(events[-1]["prompt_token_ids"])
+        end = 0
+        for event in events:
+            tokens.append(event["token"]["id"])
+            if "routed_experts" in event:
+                trace = from_lightllm(event["routed_experts"], tokens)
+                assert trace.start == end
+                assert trace.valid_T.all()
+                np.testing.assert_array_equal(trace.experts_TLK, DYE.routes(tokens[:-1])[end : trace.stop])
+                end = trace.stop
+        assert end == 21 + 90 - 1
+
+
 def test_tokens_leave_while_the_sequence_grows_and_an_abort_ends_the_stream_with_its_rows(engine) -> None:
     app = create_app(engine, TOKENIZER)
 
@@ -148,6 +199,7 @@ def test_an_abort_before_the_first_token_ends_the_stream_without_one(engine) -> 
     [
         (["A"], {}, "a stream has one prompt: expected text, or a list of token ids, got a list of 1 prompts"),
         ("", {}, "the prompt is empty"),
+        ("A", {"return_routed_experts": False, "routed_experts_every": 3}, "routes that were not asked for"),
         ("A", {"seed": 3}, "'seed' is not supported"),
         ("A", {"max_new_tokens": 600}, "does not fit the model's window"),
     ],

@@ -213,6 +213,22 @@ class Engine(Protocol):
         """
         ...
 
+    def read_routes(
+        self, generation: Generation, sequence: int, output_tokens: Sequence[int], start: int
+    ) -> RoutingTrace | None:
+        """The rows from position `start` on of a sequence that still runs, as far as they are there without a gap.
+
+        Args:
+            generation: what `submit` returned, with `return_routes`.
+            sequence: number of the sequence.
+            output_tokens: its tokens so far, as `on_progress` told them.
+            start: position of the first row.
+
+        Returns:
+            None once the sequence is over: its result has all rows.
+        """
+        ...
+
     def abort(self, request_id: str | None = None) -> None:
         """End one request (all of them: None) as soon as the step under way is done.
 

@@ -67,6 +67,10 @@ def generation_routes(generator: Generator) -> APIRouter:
     async def generate(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
+        if parameters.routed_experts_every:
+            raise RequestError(
+                "routed_experts_every is for streams", expected="it absent, or 0", fix="Use /generate_stream."
+            )
         with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
             await generator.submit(request, sampling, running)
             results = await unless_disconnected(http.receive, _results(running.generations))
@@ -92,7 +96,9 @@ def generation_routes(generator: Generator) -> APIRouter:
             arrivals = Arrivals()
             await generator.submit(request, sampling, running, arrivals.on_progress)
             arrivals.expect(running.generations[0])
-            return EventStream(token_events(arrivals, parameters, tokenizer, metrics), opened.pop_all())
+            return EventStream(
+                token_events(generator.engine, arrivals, parameters, tokenizer, metrics), opened.pop_all()
+            )
 
     return router
 

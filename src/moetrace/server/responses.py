@@ -49,7 +49,9 @@ def response_of(
         response["tokens"] = each([details_of(sequence, tokenizer) for sequence in sequences])
     traces = [sequence.trace for sequence in sequences if sequence.trace is not None]
     if traces:
-        response["routed_experts"] = each([routes_of(trace, parameters) for trace in traces])
+        response["routed_experts"] = each(
+            [routes_of(trace, parameters, parameters.routed_experts_start) for trace in traces]
+        )
     return response
 
 
@@ -82,9 +84,9 @@ def token_of(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[st
     }
 
 
-def routes_of(trace: RoutingTrace, parameters: GenerateParameters) -> dict[str, Any]:
-    """The rows that were asked for, as they were asked for."""
-    start = min(parameters.routed_experts_start, trace.stop)  # an aborted request may have fewer rows
+def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int) -> dict[str, Any]:
+    """The rows from position `start` on, as they were asked for."""
+    start = min(start, trace.stop)  # an aborted request may have fewer rows
     return to_lightllm(
         trace.slice(start, trace.stop),
         layout=parameters.routed_experts_layout,

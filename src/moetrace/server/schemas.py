@@ -49,6 +49,9 @@ class GenerateParameters(BaseModel):
     routed_experts_start: int = Field(0, description="position of the first row to return, at most the prompt's length")
     routed_experts_layout: AxisOrder = Field("LTK", description="order of the axes: LTK or TLK")
     routed_experts_dtype: IdType = Field("int32", description="type of the expert ids")
+    routed_experts_every: int = Field(
+        0, description="in a stream: new rows every so many tokens; 0: all at the end", ge=0
+    )
 
     def sampling(self) -> SamplingParams:
         """The sampling part, range-checked.

@@ -14,13 +14,14 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from moetrace.engines.base import GenerateResult, Generation
+from moetrace.engines.base import Engine, GenerateResult, Generation
 from moetrace.errors import MoetraceError
 from moetrace.server.errors import error_facts
 from moetrace.server.metrics import Metrics
 from moetrace.server.responses import routes_of, token_of, usage_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import TextStream, Tokenizer
+from moetrace.trace import RoutingTrace
 
 Item = TypeVar("Item")
 Arrival = tuple[int, list[int], list[float], GenerateResult | None]
@@ -32,7 +33,7 @@ class Arrivals:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Arrival | BaseException] = asyncio.Queue()
-        self._open, self.prompt_length = 0, 0
+        self._open = 0
         self.began = time.perf_counter()
 
     def on_progress(self, sequence: int, tokens: list[int], logprobs: list[float]) -> None:
@@ -41,7 +42,7 @@ class Arrivals:
 
     def expect(self, generation: Generation) -> None:
         """Wait for the results of `generation` too."""
-        self._open, self.prompt_length = len(generation.futures), generation.prompt_length
+        self._open, self.generation = len(generation.futures), generation
         for number, future in enumerate(generation.futures):
             asyncio.wrap_future(future).add_done_callback(partial(self._on_result, number))
 
@@ -62,7 +63,7 @@ class Arrivals:
 
 
 async def token_events(
-    arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
+    engine: Engine, arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
 ) -> AsyncIterator[bytes]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
@@ -70,13 +71,18 @@ async def token_events(
         async for number, tokens, logprobs, result in arrivals:
             if number not in streams:
                 told = metrics.stream(arrivals.began)
-                streams[number] = _SequenceEvents(number, arrivals.prompt_length, parameters, tokenizer, told)
+                streams[number] = _SequenceEvents(
+                    number, arrivals.generation.prompt_length, parameters, tokenizer, told
+                )
             stream = streams[number]
-            if result is None:
-                yield stream.of_tokens(tokens, logprobs)
-            else:
+            if result is not None:
                 metrics.finished([result])
                 yield await asyncio.to_thread(stream.last, result)
+            elif stream.wants_rows(len(tokens)):
+                read = partial(engine.read_routes, arrivals.generation, number)
+                yield await asyncio.to_thread(stream.of_tokens, tokens, logprobs, read)
+            else:
+                yield stream.of_tokens(tokens, logprobs)
     except MoetraceError as error:
         yield _event({"error": error_facts(error)})
 
@@ -96,10 +102,26 @@ class _SequenceEvents:
         self._parameters, self._tokenizer = parameters, tokenizer
         self._text = None if tokenizer is None else TextStream(tokenizer, parameters.skip_special_tokens)
         self._sent, self._arrived = 0, arrived
+        self._rows, self._rows_at = parameters.routed_experts_start, 0
 
-    def of_tokens(self, tokens: list[int], logprobs: list[float]) -> bytes:
-        """Events of the tokens that were not sent yet."""
-        return b"".join(_event(event) for event in self._events(tokens, logprobs))
+    def wants_rows(self, count: int) -> bool:
+        """Whether an event that brings `count` tokens in all is to bring rows too."""
+        every = self._parameters.routed_experts_every
+        return bool(every) and count >= self._rows_at + every
+
+    def of_tokens(
+        self,
+        tokens: list[int],
+        logprobs: list[float],
+        read_routes: Callable[[list[int], int], RoutingTrace | None] | None = None,
+    ) -> bytes:
+        """Events of the tokens that were not sent yet, the last one with the rows that were not."""
+        events = self._events(tokens, logprobs)
+        trace = None if read_routes is None else read_routes(tokens, self._rows)
+        if trace is not None and trace.num_rows:
+            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows)
+            self._rows, self._rows_at = trace.stop, len(tokens)
+        return b"".join(_event(event) for event in events)
 
     def last(self, result: GenerateResult) -> bytes:
         """Events of the tokens that were not sent yet; the last one ends the sequence."""
@@ -116,7 +138,7 @@ class _SequenceEvents:
             "output_token_ids": result.output_tokens,
         }
         if result.trace is not None:
-            last["routed_experts"] = routes_of(result.trace, self._parameters)
+            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
         return b"".join(_event(event) for event in [*events, last])
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:

@@ -46,6 +46,11 @@ class _NewWeights:
     version: str
 
 
+def _name(request_id: str, sequence: int) -> str:
+    """What continuous batching calls a sequence: forks are its children."""
+    return f"{request_id}__child#{sequence - 1}" if sequence else request_id
+
+
 @dataclass
 class _Pending:
     """A sequence that somebody waits for."""
@@ -181,7 +186,7 @@ class TransformersEngine:
                     fix="Restart the server; its log says why it stopped." if self.is_driver else "Ask rank 0.",
                 )
             request_id = f"request-{next(self._ids)}"
-            names = [request_id, *(f"{request_id}__child#{i}" for i in range(sampling.n - 1))]  # as the engine's forks
+            names = [_name(request_id, number) for number in range(sampling.n)]
             futures = []
             for number, name in enumerate(names):
                 stops = Stops(self._tokenizer, sampling)
@@ -202,6 +207,22 @@ class TransformersEngine:
                 **self._sampler.admit(len(prompt), sampling),
             )
         return Generation(request_id, len(prompt), tuple(futures))
+
+    def read_routes(
+        self, generation: Generation, sequence: int, output_tokens: Sequence[int], start: int
+    ) -> RoutingTrace | None:
+        """Rows of a sequence that still runs; see `Engine.read_routes`."""
+        name = _name(generation.request_id, sequence)
+        pending = self._pending.get(name)
+        if self._capture is None or pending is None:
+            return None
+        tokens = [*pending.prompt, *output_tokens]
+        parts = self._between_steps(partial(self._capture.peek, name, start, len(tokens) - 1))
+        if parts is None:
+            return None
+        trace = self._trace_of(self._capture.assemble(parts, tokens), tokens)
+        gaps = np.flatnonzero(~trace.valid_T[start:])
+        return trace.slice(start, start + int(gaps[0]) if len(gaps) else trace.stop)
 
     def abort(self, request_id: str | None = None) -> None:
         """End one request or all of them; see `Engine.abort`."""
@@ -235,12 +256,7 @@ class TransformersEngine:
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
-        applied = self._loop.call(apply)
-        while not applied.done():
-            if not self.is_healthy():
-                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
-            wait([applied], timeout=1.0)
-        applied.result()
+        self._between_steps(apply)
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
@@ -260,6 +276,15 @@ class TransformersEngine:
         self._loop.close()
         if self._capture:
             self._capture.close()
+
+    def _between_steps(self, task: Callable[[], Any]) -> Any:
+        """Run `task` on the generation thread and wait for its result."""
+        done = self._loop.call(task)
+        while not done.done():
+            if not self.is_healthy():
+                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+            wait([done], timeout=1.0)
+        return done.result()
 
     def _require_one_process(self, what: str) -> None:
         if self.config.parallel != "none":
@@ -327,20 +352,23 @@ class TransformersEngine:
         trace = None
         if self._capture and pending.return_routes:
             tokens = pending.prompt + generated
-            rows = self._capture.collect(output.request_id, tokens)
-            trace = RoutingTrace.build(
-                rows.experts_TLK,
-                self._capture.layout,
-                tokens,
-                valid_T=rows.valid_T,
-                weight_spans=self._weight_spans(rows),
-                order=self._capture.order,
-                fingerprint=self._capture.fingerprint,
-                engine=self.name,
-            )
+            trace = self._trace_of(self._capture.collect(output.request_id, tokens), tokens)
             version = trace.weight_spans[-1].version if trace.weight_spans else version
         logprobs = list(output.logprobs)[: len(generated)]
         return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace)
+
+    def _trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
+        assert self._capture is not None
+        return RoutingTrace.build(
+            rows.experts_TLK,
+            self._capture.layout,
+            tokens,
+            valid_T=rows.valid_T,
+            weight_spans=self._weight_spans(rows),
+            order=self._capture.order,
+            fingerprint=self._capture.fingerprint,
+            engine=self.name,
+        )
 
     def _weight_spans(self, rows: CapturedRows) -> list[WeightSpan]:
         """Runs of equal weights; a row that is missing goes with the one before it."""
