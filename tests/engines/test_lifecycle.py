@@ -345,8 +345,10 @@ def test_new_weights_number_the_rows_and_old_pages_are_not_served_as_new(dye: Dy
     prompts = prompts_of(dye, 6, shared=64)
     for result in generate(engine, prompts):
         assert_dyed(dye, result)
+    assert engine.submit([1], SamplingParams(2)).result(60).weight_version == "old"
     engine.update_weights(weights, "new")
     assert engine.weight_version == "new"
+    assert engine.submit([1], SamplingParams(2)).result(60).weight_version == "new"  # known without a trace too
     for result in generate(engine, prompts) + generate(engine, prompts):
         assert_dyed(other, result)
         assert result.trace is not None

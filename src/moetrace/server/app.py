@@ -36,7 +36,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: Serve
     app.include_router(lifecycle_routes(engine, requests))
 
     @app.get("/metrics", summary="Prometheus metrics")
-    def prometheus() -> Response:
+    async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     return app

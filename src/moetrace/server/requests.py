@@ -98,7 +98,12 @@ class RequestTable:
     def drain(self, seconds: float) -> None:
         """Take no more requests; after `seconds`, answer those under way as they are."""
         self.is_draining = True
-        asyncio.get_running_loop().call_later(seconds, self.abort_all)
+        asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        """Abort what runs, and again what a request that was being read may still have queued."""
+        self.abort_all()
+        asyncio.get_running_loop().call_later(0.5, self._end)
 
     def _abort(self, running: Running) -> None:
         for generation in running.generations:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from moetrace.engines.base import (
 from moetrace.engines.transformers import loading
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
+from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
 from moetrace.engines.transformers.sampling import Sampler, generation_config
 from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
@@ -37,32 +37,6 @@ from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _NewWeights:
-    """Stands among the engine's outputs: what comes after it was finished by weights of this version."""
-
-    version: str
-
-
-def _name(request_id: str, sequence: int) -> str:
-    """What continuous batching calls a sequence: forks are its children."""
-    return f"{request_id}__child#{sequence - 1}" if sequence else request_id
-
-
-@dataclass
-class _Pending:
-    """A sequence that somebody waits for."""
-
-    prompt: list[int]
-    sampling: SamplingParams
-    future: Future[GenerateResult]
-    return_routes: bool
-    stop_ids: frozenset[int]
-    stops: Stops
-    on_progress: Callable[[list[int], list[float]], None] | None
-    aborted: bool = False
 
 
 class TransformersEngine:
@@ -101,7 +75,7 @@ class TransformersEngine:
             self._capture = StepCapture(model, self._loop, self.max_model_len)
         self._manager.warmup()
         self._ids = itertools.count()
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, Pending] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._manager.start()
@@ -186,12 +160,12 @@ class TransformersEngine:
                     fix="Restart the server; its log says why it stopped." if self.is_driver else "Ask rank 0.",
                 )
             request_id = f"request-{next(self._ids)}"
-            names = [_name(request_id, number) for number in range(sampling.n)]
+            names = [name_of(request_id, number) for number in range(sampling.n)]
             futures = []
             for number, name in enumerate(names):
                 stops = Stops(self._tokenizer, sampling)
                 told = None if on_progress is None else partial(on_progress, number)
-                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told)
+                pending = Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told)
                 pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
                 self._pending[name] = pending
@@ -212,7 +186,7 @@ class TransformersEngine:
         self, generation: Generation, sequence: int, output_tokens: Sequence[int], start: int
     ) -> RoutingTrace | None:
         """Rows of a sequence that still runs; see `Engine.read_routes`."""
-        name = _name(generation.request_id, sequence)
+        name = name_of(generation.request_id, sequence)
         pending = self._pending.get(name)
         if self._capture is None or pending is None:
             return None
@@ -252,7 +226,7 @@ class TransformersEngine:
             apply_weights(checked)
             self._loop.forget_prefixes()
             self._versions.append(version)
-            self._loop.deliver(_NewWeights(version))
+            self._loop.deliver(NewWeights(version))
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
@@ -299,7 +273,7 @@ class TransformersEngine:
         version = self.config.weight_version
         while True:
             output = self._manager.get_result(timeout=0.05)
-            if isinstance(output, _NewWeights):
+            if isinstance(output, NewWeights):
                 version = output.version
             elif output is not None:
                 if output.is_finished():
@@ -340,7 +314,7 @@ class TransformersEngine:
             if self._capture:
                 self._capture.drop(output.request_id)
 
-    def _result(self, output: Any, pending: _Pending, version: str) -> GenerateResult:
+    def _result(self, output: Any, pending: Pending, version: str) -> GenerateResult:
         generated = list(output.generated_tokens)
         reason: FinishReason = "length"
         if pending.stops.found(generated):
