@@ -101,7 +101,44 @@ def test_the_highest_expert_survives_the_payload(num_experts: int) -> None:
     assert from_lightllm(payload, range(4)) == trace
 
 
+@given(routing_traces(), st.sampled_from(["LTK", "TLK"]), st.sampled_from(["int32", "int16", "uint16", "uint8"]))
+@examples
+def test_every_axis_order_and_type_is_read_back_equal(trace: RoutingTrace, layout: Any, dtype: Any) -> None:
+    assert trace.tokens is not None
+    if trace.layout.num_experts - 1 > np.iinfo(dtype).max:
+        with refused(FormatError, f"do not fit {dtype}", fix="int32"):
+            to_lightllm(trace, layout=layout, dtype=dtype)
+        return
+    payload = json.loads(json.dumps(to_lightllm(trace, layout=layout, dtype=dtype)))
+    axes = {"L": trace.layout.num_layers, "T": trace.num_rows, "K": trace.layout.top_k}
+    assert payload["shape"] == [axes[axis] for axis in layout]
+    assert from_lightllm(payload, trace.tokens) == trace
+    ids = np.frombuffer(base64.b64decode(payload["data"]), dtype).reshape(payload["shape"])
+    ids_TLK = ids.transpose(1, 0, 2) if layout == "LTK" else ids
+    np.testing.assert_array_equal(ids_TLK[trace.valid_T], trace.experts_TLK[trace.valid_T])
+    assert (ids_TLK[~trace.valid_T] == np.array(-1).astype(dtype)).all()  # never an expert K times, never zeros
+
+
+def test_in_an_unsigned_type_whose_every_id_is_legal_the_bitmap_decides() -> None:
+    layout = MoeLayout((0,), 256, 2)
+    trace = RoutingTrace.build(np.array([[[254, 255]], [[0, 1]]]), layout, [1, 2], valid_T=np.array([True, False]))
+    payload = to_lightllm(trace, layout="TLK", dtype="uint8")
+    assert base64.b64decode(payload["data"]) == bytes([254, 255, 255, 255])
+    assert from_lightllm(payload, [1, 2]) == trace
+    hidden = base64.b64encode(bytes([0])).decode()
+    with refused(FormatError, "bitmap contradicts its ids", got=hidden):
+        from_lightllm(payload | {"valid": hidden}, [1, 2])
+
+
 # --- reading LightLLM's own ---
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_later_lightllms_token_major_payload_is_read(dtype: Any) -> None:
+    payload = {"shape": [3, 2, 2], "dtype": dtype, "data": encoded(IDS_TLK, dtype)}
+    trace = from_lightllm(payload, TOKENS, LAYOUT)
+    assert trace.experts_TLK.tolist() == IDS_TLK
+    assert trace.valid_T.all()
 
 
 def test_the_minimal_payload_is_read_with_the_models_layout() -> None:
@@ -175,17 +212,25 @@ def test_a_payload_that_is_not_lightllms_is_refused(payload: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"dtype": "uint8"}, "dtype 'uint8'"),
+        ({"dtype": "float32"}, "dtype 'float32'"),
+        ({"dtype": "int64"}, "dtype 'int64'"),
         ({"dtype": None}, "dtype None"),
-        ({"layout": "TLK"}, "layout 'TLK'"),
+        ({"dtype": ["int32"]}, "dtype ['int32']"),
+        ({"layout": "KLT"}, "layout 'KLT'"),
+        ({"layout": None}, "layout None"),
         ({"shape": [6, 2]}, "shape [6, 2]"),
         ({"shape": [2, 3, 2, 1]}, "shape [2, 3, 2, 1]"),
         ({"shape": [-1, 3, 2]}, "shape [-1, 3, 2]"),
     ],
 )
 def test_another_dtype_or_axis_order_is_refused(changes: dict[str, Any], got: str) -> None:
-    with refused(FormatError, "not layer-major int32", expected="dtype 'int32', shape [L, T, K]", got=got):
+    with refused(FormatError, "another form than LightLLM's", expected="int32 or int16", got=got):
         from_lightllm(to_lightllm(TRACE) | changes, TOKENS)
+
+
+def test_an_axis_order_that_is_not_the_datas_is_refused() -> None:
+    with pytest.raises(MoetraceError):
+        from_lightllm(to_lightllm(TRACE) | {"layout": "TLK"}, TOKENS)
 
 
 @pytest.mark.parametrize("shape", [[2, 3, 1], [2, 4, 2], [0, 0, 0], [2**32, 2**32, 1], [2**63, 2, 2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,8 +13,9 @@ from moetrace import __version__
 from moetrace.commands.files import add_commands
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
+from moetrace.server.config import ServerConfig
 
-_TYPES = {"int": int, "int | None": int, "float": float, "str": str}
+_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
     serve.set_defaults(run=_serve)
     serve.add_argument("model", help="checkpoint folder")
-    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="port to bind (default: %(default)s)")
-    for knob in fields(EngineConfig):
+    for knob in (*fields(ServerConfig), *fields(EngineConfig)):
         # LightLLM spells its flags with underscores; both spellings work.
         names = [f"--{knob.name.replace('_', '-')}"]
         names += [f"--{knob.name}"] if "_" in knob.name else []
@@ -55,22 +55,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
         from moetrace.engines.transformers import TransformersEngine
-        from moetrace.server import create_app
+        from moetrace.server import create_app, serve
     except ModuleNotFoundError as error:
         raise MissingExtraError.of(error, "server") from error
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    args.api_key = args.api_key or os.environ.get("MOETRACE_API_KEY") or None
+    server_config = ServerConfig(**{knob.name: getattr(args, knob.name) for knob in fields(ServerConfig)})
     config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
     engine = TransformersEngine.load(args.model, config)
     if not engine.is_driver:  # under torchrun, rank 0 serves
         engine.close()
         return 0
     try:
-        app = create_app(engine, TransformersEngine.tokenizer(args.model))
-        uvicorn.run(app, host=args.host, port=args.port, log_level="info")
+        serve(create_app(engine, TransformersEngine.tokenizer(args.model), server_config), server_config)
     finally:
         engine.close()
     return 0

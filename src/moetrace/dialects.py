@@ -1,8 +1,9 @@
 """Payloads of other engines, as `RoutingTrace` and back. Axes: T rows, L MoE layers, K experts per token.
 
-Today: LightLLM's `/generate` contract as first proposed, `{"shape": [L, T, K], "dtype": "int32", "data": base64}`,
-which this project's own server speaks. Our payload adds keys that make it self-describing (`layout`, `layers`,
-`start`, `valid`, ...); a client that knows only the three original ones keeps working.
+Today: LightLLM's `/generate` contract, which this project's own server speaks: as first proposed, layer-major
+`{"shape": [L, T, K], "dtype": "int32", "data": base64}`, and as it became later, token-major in narrow integers. Our
+payload adds keys that make it self-describing (`layout`, `layers`, `start`, `valid`, ...); a client that knows only the
+three original ones keeps working.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,20 +20,46 @@ from moetrace.errors import FormatError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
+AxisOrder = Literal["LTK", "TLK"]
+IdType = Literal["int32", "int16", "uint16", "uint8"]
+
 MISSING_ID = -1
-"""What an int32 payload holds in rows that were not captured (they are marked in `valid` too)."""
+"""What a payload holds in rows that were not captured, in unsigned types with all bits set (65535, 255): an id that
+stands K times in a row is no row. `valid` is what counts; unsigned types cannot do without it."""
 
 
-def to_lightllm(trace: RoutingTrace) -> dict[str, Any]:
-    """LightLLM's layer-major int32 payload: `np.frombuffer(b64decode(data), int32).reshape(shape)` is `[L, T, K]`."""
-    ids_TLK = trace.experts_TLK.astype("<i4")
-    ids_TLK[~trace.valid_T] = MISSING_ID
-    ids_LTK = np.ascontiguousarray(ids_TLK.transpose(1, 0, 2))
+def require_id_type(layout: MoeLayout, dtype: IdType) -> None:
+    """Raise `FormatError` unless every expert id of `layout` fits `dtype`."""
+    if layout.num_experts - 1 > np.iinfo(dtype).max:
+        raise FormatError(
+            f"expert ids of this model do not fit {dtype}",
+            expected=f"a type that holds {layout.num_experts - 1}",
+            got=dtype,
+            fix="Ask for int32, which holds the ids of every model.",
+        )
+
+
+def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType = "int32") -> dict[str, Any]:
+    """LightLLM's payload: `np.frombuffer(b64decode(data), dtype).reshape(shape)` is `[L, T, K]`, or `[T, L, K]`.
+
+    Args:
+        trace: what to write; `start` and rows are its own.
+        layout: order of the axes: "LTK" as in the documented contract, "TLK" as in later LightLLM.
+        dtype: type of the ids, little-endian.
+
+    Raises:
+        FormatError: the model's expert ids do not fit `dtype`.
+    """
+    require_id_type(trace.layout, dtype)
+    ids = trace.experts_TLK.astype(np.dtype(dtype).newbyteorder("<"))
+    ids[~trace.valid_T] = _missing(dtype)
+    if layout == "LTK":
+        ids = ids.transpose(1, 0, 2)
     return {
-        "shape": list(ids_LTK.shape),
-        "dtype": "int32",
-        "data": _base64(ids_LTK),
-        "layout": "LTK",
+        "shape": list(ids.shape),
+        "dtype": dtype,
+        "data": _base64(ids),
+        "layout": layout,
         "layers": list(trace.layout.layers),
         "num_experts": trace.layout.num_experts,
         "order": trace.order,
@@ -49,7 +76,9 @@ def to_lightllm(trace: RoutingTrace) -> dict[str, Any]:
 def from_lightllm(
     payload: dict[str, Any], tokens: Sequence[int] | np.ndarray, layout: MoeLayout | None = None
 ) -> RoutingTrace:
-    """Read LightLLM's layer-major int32 payload.
+    """Read LightLLM's payload, of either axis order and any of its types.
+
+    A payload that does not say its `layout` is LightLLM's own: int32 is layer-major, narrower types are token-major.
 
     Args:
         payload: the value of `routed_experts` in a `/generate` response.
@@ -66,20 +95,21 @@ def from_lightllm(
         raise FormatError(
             "the payload is not LightLLM's", expected="keys shape, dtype, data", got=repr(error)
         ) from error
+    axes = payload.get("layout", "LTK" if dtype == "int32" else "TLK")
     right_shape = isinstance(shape, list | tuple) and len(shape) == 3 and all(type(n) is int and n >= 0 for n in shape)
-    if dtype != "int32" or payload.get("layout", "LTK") != "LTK" or not right_shape:
+    if dtype not in get_args(IdType) or axes not in get_args(AxisOrder) or not right_shape:
         raise FormatError(
-            "the payload is not layer-major int32",
-            expected="dtype 'int32', shape [L, T, K]",
-            got=f"dtype {dtype!r}, shape {shape}, layout {payload.get('layout', 'LTK')!r}",
+            "the payload has another form than LightLLM's",
+            expected=f"dtype {' or '.join(get_args(IdType))}, layout LTK or TLK, a shape of these three axes",
+            got=f"dtype {dtype!r}, shape {shape}, layout {axes!r}",
         )
     try:
-        ids = np.frombuffer(base64.b64decode(data, validate=True), "<i4")
+        ids = np.frombuffer(base64.b64decode(data, validate=True), np.dtype(dtype).newbyteorder("<"))
     except (binascii.Error, ValueError, TypeError) as error:
-        raise FormatError(f"the payload's data is not base64 of int32 ({error})") from error
+        raise FormatError(f"the payload's data is not base64 of {dtype} ({error})") from error
     if ids.size != math.prod(shape):
         raise FormatError("the payload's data does not fill its shape", expected=f"{shape} ids", got=f"{ids.size} ids")
-    ids_TLK = ids.reshape(shape).transpose(1, 0, 2)
+    ids_TLK = ids.reshape(shape).transpose(1, 0, 2) if axes == "LTK" else ids.reshape(shape)
     try:
         trace = _trace_of(ids_TLK, payload, tokens, layout)
     except (KeyError, TypeError, ValueError) as error:
@@ -103,9 +133,7 @@ def _trace_of(
         raise FormatError(
             "the payload does not say its layers and experts", fix="Pass layout=moetrace.layout_of(model)."
         )
-    valid_T = (ids_TLK != MISSING_ID).all(axis=(1, 2))
-    if "valid" in payload and (_unpack_valid(payload["valid"], len(valid_T)) != valid_T).any():
-        raise FormatError("the payload's validity bitmap contradicts its ids", got=f"{payload['valid']!r}")
+    valid_T = _valid_rows(ids_TLK, payload, layout.num_experts)
     return RoutingTrace.build(
         ids_TLK,
         layout,
@@ -117,6 +145,24 @@ def _trace_of(
         fingerprint=payload.get("fingerprint", ""),
         engine=payload.get("engine", "lightllm"),
     )
+
+
+def _missing(dtype: str) -> int:
+    return MISSING_ID if np.dtype(dtype).kind == "i" else int(np.iinfo(dtype).max)
+
+
+def _valid_rows(ids_TLK: np.ndarray, payload: dict[str, Any], num_experts: int) -> np.ndarray:
+    """`[T]` bool: the rows that were captured, on which ids and bitmap must agree."""
+    missing = _missing(payload["dtype"])
+    told_T = _unpack_valid(payload["valid"], len(ids_TLK)) if "valid" in payload else None
+    if 0 <= missing < num_experts:  # an expert has this id: the bitmap decides
+        told_T = np.ones(len(ids_TLK), bool) if told_T is None else told_T
+        valid_T = told_T | (ids_TLK != missing).any(axis=(1, 2))
+    else:
+        valid_T = (ids_TLK != missing).all(axis=(1, 2))
+    if told_T is not None and (told_T != valid_T).any():
+        raise FormatError("the payload's validity bitmap contradicts its ids", got=f"{payload['valid']!r}")
+    return valid_T
 
 
 def _base64(array: np.ndarray) -> str:

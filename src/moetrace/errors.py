@@ -15,9 +15,13 @@
     ├── ReplayError                a replay cannot go on without lying
     │   └── ShiftedRoutesError     the routes fit better when shifted by one token
     ├── EngineError                an engine cannot start or has stopped
-    │   └── CaptureError           an engine's internals are not as the capture adapter knows them
+    │   ├── ShuttingDownError      a server takes no more requests
+    │   ├── CaptureError           an engine's internals are not as the capture adapter knows them
+    │   └── WeightsError           new weights do not fit the running model; the old ones stay
     ├── RequestError               one request cannot be served as asked; the engine goes on
-    │   └── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── DuplicateRequestError  it has the id of a request under way
+    │   └── OverloadedError        there are too many already; try again later
     └── MissingExtraError          an optional dependency is not installed
 
 A message says what is wrong, what was expected, what was got and what to do next.
@@ -103,12 +107,28 @@ class CaptureError(EngineError):
     """An engine's internals are not as the capture adapter knows them."""
 
 
+class ShuttingDownError(EngineError):
+    """A server is being shut down and takes no more requests."""
+
+
+class WeightsError(EngineError):
+    """New weights do not fit the running model; the old ones stay in use."""
+
+
 class RequestError(MoetraceError):
     """One request cannot be served as asked; the engine goes on."""
 
 
 class CaptureOffError(RequestError):
     """A request asks for routes, but the engine was started without capture."""
+
+
+class DuplicateRequestError(RequestError):
+    """A request has the id of one that is under way."""
+
+
+class OverloadedError(RequestError):
+    """Too many requests or sequences are under way already."""
 
 
 class MissingExtraError(MoetraceError, ImportError):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from dye import Dye
+from safetensors.torch import load_file, save_file
 from test_transformers_engine import CAPTURE, assert_dyed, count_computed, generate, prompts_of
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
 from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.errors import CaptureError, EngineError, RequestError
+from moetrace.errors import CaptureError, EngineError, RequestError, WeightsError
 from moetrace.trace import WeightSpan
 
 TINY = "models/tiny-qwen3-moe"
@@ -149,15 +150,88 @@ def test_stop_texts_in_real_text() -> None:
         engine.close()
 
 
+def test_a_run_of_stop_tokens_ends_a_sequence_where_it_is_complete(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    for n in (1, 3):
+        sampling = SamplingParams(60, stop_sequences=((10, 12), (9, 10, 11), (4, 5)), n=n)
+        for result in engine.submit([3, 4], sampling, return_routes=True).results(60):
+            assert result.output_tokens == [5, 6, 7, 8, 9, 10, 11]
+            assert result.finish_reason == "stop"
+            assert_dyed(dye, result)
+
+
+def test_before_the_fewest_tokens_nothing_stops_a_sequence(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), Letters())
+    ways: list[dict[str, Any]] = [
+        {"stop_token_ids": (7, 12, 30)},
+        {"stop": ("H", "M", "e")},
+        {"stop_sequences": ((6, 7), (11, 12))},
+    ]
+    for stops in ways:
+        sampling = SamplingParams(60, min_new_tokens=5, **stops)
+        result = engine.submit([3, 4], sampling, return_routes=True).result(60)
+        assert result.output_tokens == [5, 6, 7, 8, 9, 10, 11, 12]
+        assert result.finish_reason == "stop"
+        assert_dyed(dye, result)
+
+
+def test_end_of_sequence_has_no_probability_before_the_fewest_tokens(make_engine) -> None:
+    dye = Dye()
+    dye.config.eos_token_id = 10
+    model = dye.model()
+    engine = make_engine(model)
+    plain = engine.submit([7, 8], SamplingParams(9), return_routes=True)
+    fewest = [engine.submit([7, 8], SamplingParams(9, min_new_tokens=m), return_routes=True) for m in (2, 3, 6)]
+    ignoring = engine.submit([7, 8], SamplingParams(5, min_new_tokens=5, ignore_eos=True))
+    assert plain.result(60).output_tokens == [9, 10]
+    assert fewest[0].result(60).output_tokens == [9, 10]  # two tokens are enough
+    for generation, count in zip(fewest[1:], (3, 6), strict=True):
+        result = generation.result(60)
+        tokens = result.prompt_tokens + result.output_tokens
+        assert len(result.output_tokens) >= count
+        assert 10 not in result.output_tokens[: count - 1]
+        assert result.trace is not None
+        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens[:-1]))
+        assert result.logprobs[1] < -5  # that of the model, which wanted to end
+    assert ignoring.result(60).output_tokens == [9, 10, 11, 12, 13]
+    sampled = SamplingParams(40, do_sample=True, temperature=1e6, top_k=3, min_new_tokens=40)
+    assert len(engine.submit([7, 8], sampled).result(60).output_tokens) == 40
+
+
 def test_stop_texts_without_a_tokenizer_are_refused(dye: Dye, make_engine) -> None:
     with pytest.raises(RequestError, match="tokenizer"):
         make_engine(dye.model()).submit([1], SamplingParams(4, stop=("x",)))
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", 0), ("stop", ("",))])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("stop", ("",)),
+        ("stop_sequences", ((),)),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 17),
+        ("temperature", 1e-4),
+        ("temperature", 1e7),
+        ("temperature", float("nan")),
+    ],
+)
 def test_new_sampling_parameters_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("stops", [{"stop_token_ids": (96,)}, {"stop_sequences": ((3, -1),)}])
+def test_stop_tokens_outside_the_vocabulary_are_refused(dye: Dye, make_engine, stops: Any) -> None:
+    with pytest.raises(RequestError, match="stop token at position"):
+        make_engine(dye.model()).submit([1], SamplingParams(4, **stops))
+
+
+def test_the_coldest_and_the_hottest_draw_leave_the_engine_alive(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    for temperature in (1e-3, 1e6):
+        engine.submit([1], SamplingParams(3, do_sample=True, temperature=temperature, top_p=1e-9)).result(60)
+    assert engine.is_healthy()
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.02, 0.1, 0.3])
@@ -207,6 +281,14 @@ def test_aborting_everything_twice_and_a_stranger_is_harmless(dye: Dye, make_eng
     assert_dyed(dye, done.result(60))
     engine.abort(done.request_id)
     assert_dyed(dye, done.result(60))
+
+
+def test_a_future_that_somebody_cancels_harms_nobody(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    generation = engine.submit([1, 2], SamplingParams(30), return_routes=True)
+    assert not generation.futures[0].cancel()  # abort ends a request
+    assert_dyed(dye, generation.result(60))
+    assert_dyed(dye, generate(engine, [[4, 5]])[0])
 
 
 def test_prefixes_of_aborted_requests_are_shared_with_right_rows(dye: Dye, make_engine) -> None:
@@ -263,12 +345,19 @@ def test_new_weights_number_the_rows_and_old_pages_are_not_served_as_new(dye: Dy
     prompts = prompts_of(dye, 6, shared=64)
     for result in generate(engine, prompts):
         assert_dyed(dye, result)
+    assert engine.submit([1], SamplingParams(2)).result(60).weight_version == "old"
     engine.update_weights(weights, "new")
     assert engine.weight_version == "new"
+    assert engine.submit([1], SamplingParams(2)).result(60).weight_version == "new"  # known without a trace too
     for result in generate(engine, prompts) + generate(engine, prompts):
         assert_dyed(other, result)
         assert result.trace is not None
         assert result.trace.weight_spans == (WeightSpan(0, "new"),)
+
+
+def _last_version(result: GenerateResult) -> str | None:
+    assert result.trace is not None
+    return result.trace.weight_version(result.trace.num_rows - 1)
 
 
 def test_a_request_under_way_has_rows_of_both_weights_and_says_where(dye: Dye, make_engine) -> None:
@@ -295,6 +384,8 @@ def test_a_request_under_way_has_rows_of_both_weights_and_says_where(dye: Dye, m
     assert split_somewhere
     for generation in later:
         assert_dyed(other, generation.result(60))
+        assert generation.result().weight_version == "new"
+    assert all(gen.result().weight_version == _last_version(gen.result()) for gen in running)
     for result in generate(engine, prompts):  # pages that were completed across the update are not shared either
         assert_dyed(other, result)
 
@@ -337,6 +428,20 @@ def test_new_weights_from_a_checkpoint_folder(dye: Dye, make_engine, tmp_path) -
     other.model().save_pretrained(tmp_path)
     engine.update_weights(str(tmp_path), "new")
     assert_dyed(other, generate(engine, [[1, 2, 3]])[0])
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(dye: Dye, make_engine, tmp_path) -> None:
+    rerouted(dye)[0].model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.gate.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    engine = make_engine(dye.model())
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(WeightsError, match=r"1 missing, among them model\.layers\.1\.mlp\.gate\.weight"):
+            engine.update_weights(str(path), "new")
+    assert_dyed(dye, generate(engine, [[1, 2, 3]])[0])
+    with pytest.raises(EngineError, match="lacks weights"):
+        TransformersEngine.load(str(tmp_path))
 
 
 def gpt_oss(window: int = 16) -> GptOssForCausalLM:

@@ -19,10 +19,9 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig, GenerateResult
+from moetrace.engines.base import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.server import app as app_module
-from moetrace.server import create_app
+from moetrace.server import create_app, generation
 
 DYE = Dye(vocab=260)  # the tiny model's tokenizer: token id = byte
 
@@ -64,6 +63,8 @@ def test_text_comes_back_with_lightllms_fields(client: TestClient) -> None:
         "prompt_tokens": 3,
         "prompt_token_ids": [65, 66, 67],
         "output_token_ids": [68, 69, 70, 71, 72],
+        "weight_version": "0",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
     }
 
 
@@ -124,7 +125,7 @@ def test_concurrent_clients_get_their_own_rows(client: TestClient) -> None:
 
 
 def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestClient) -> None:
-    response = generate(client, "A", max_new_tokens=1, n=1, repetition_penalty=1.0, stop_sequences=[], best_of=1)
+    response = generate(client, "A", max_new_tokens=1, repetition_penalty=1.0, seed=-1, allowed_token_ids=None)
     assert response["generated_text"] == ["B"]
 
 
@@ -135,7 +136,7 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
         (b"\xff", 400, "cannot be served"),
         (b"[]", 422, "the request body is wrong"),
         (b"{}", 422, "inputs is wrong: expected Field required"),
-        (b'{"inputs": 3}', 422, "expected text, or a list of token ids, got 3"),
+        (b'{"inputs": 3}', 422, "expected text, or a list of token ids, or a list of either, got 3"),
         (b'{"inputs": ["a", 1]}', 422, "expected text, or a list of token ids"),
         (b'{"inputs": "\\ud800"}', 400, "not valid Unicode"),
         (b'{"inputs": "a", "prompt": "b"}', 422, "prompt is wrong"),
@@ -153,9 +154,41 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
         ({"inputs": "a", "parameters": {"top_p": 0}}, 400, "top_p is out of range"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, 400, "top_k is out of range"),
         ({"inputs": "a", "parameters": {"return_routed_expert": True}}, 400, "'return_routed_expert' is unknown"),
-        ({"inputs": "a", "parameters": {"n": 2}}, 400, "'n' is not supported by this server yet"),
-        ({"inputs": "a", "parameters": {"stop_sequences": ["x"]}}, 400, "'stop_sequences' is not supported"),
         ({"inputs": "a", "parameters": []}, 422, "parameters is wrong"),
+        ({"inputs": []}, 400, "the prompt is empty"),
+        ({"inputs": [[1], []]}, 400, "the prompt is empty"),
+        ({"inputs": [[1], [260]]}, 400, "token id at position 0 is out of range"),
+        ({"inputs": ["a", ["b"]]}, 422, "inputs is wrong"),
+        *(
+            ({"inputs": "a", "parameters": parameters}, status, expected)
+            for parameters, status, expected in [
+                ({"n": 0}, 400, "n is out of range: expected an integer >= 1, got 0"),
+                ({"n": 2, "best_of": 3}, 400, "best_of is not n, and this server ranks no sequences: expected"),
+                ({"best_of": 2}, 400, "best_of absent, or 1, got 2"),
+                ({"seed": 7}, 400, "'seed' is not supported by this server"),
+                ({"repetition_penalty": 1.1}, 400, "'repetition_penalty' is not supported"),
+                ({"presence_penalty": 0.5}, 400, "'presence_penalty' is not supported"),
+                ({"allowed_token_ids": [1]}, 400, "'allowed_token_ids' is not supported"),
+                ({"stop_sequences": 3}, 422, "parameters.stop_sequences is wrong: expected a text, or a list"),
+                ({"stop_sequences": [3]}, 422, "parameters.stop_sequences is wrong"),
+                ({"stop_sequences": [""]}, 400, "stop is out of range: expected texts that are not empty"),
+                ({"stop_sequences": [[]]}, 400, "stop_sequences is out of range"),
+                ({"stop_sequences": [[300]]}, 400, "stop token at position 0 is out of range"),
+                ({"min_new_tokens": 17}, 400, "min_new_tokens is out of range"),
+                ({"temperature": 1e-40}, 400, "temperature is out of range"),
+                ({"routed_experts_start": 0}, 400, "says how to return routes that were not asked for"),
+                ({"return_routed_experts": True, "routed_experts_start": 2}, 400, "expected 0 <= start <= 1 prompt"),
+                ({"return_routed_experts": True, "routed_experts_start": -1}, 400, "routed_experts_start is out of"),
+                ({"return_routed_experts": True, "routed_experts_layout": "KLT"}, 422, "routed_experts_layout is wr"),
+                (
+                    {"return_routed_experts": True, "routed_experts_every": 5},
+                    400,
+                    "routed_experts_every is for streams",
+                ),
+                ({"return_routed_experts": True, "routed_experts_every": -5}, 422, "routed_experts_every is wrong"),
+                ({"return_routed_experts": True, "routed_experts_dtype": "int8"}, 422, "routed_experts_dtype is wr"),
+            ]
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name_and_the_server_goes_on(client: TestClient, body, status, expected) -> None:
@@ -214,14 +247,14 @@ def test_when_the_engine_has_died_health_and_generate_say_so() -> None:
 
 def test_encoding_a_long_sequence_does_not_hold_up_the_event_loop(engine: TransformersEngine, monkeypatch) -> None:
     threads: list[int] = []
-    encode = app_module._encode
+    encode = generation.encode_responses
 
-    def slow_encode(result: GenerateResult, *args: object) -> bytes:
+    def slow_encode(*args: Any) -> bytes:
         threads.append(threading.get_ident())
         time.sleep(0.5)
-        return encode(result, *args)  # type: ignore[arg-type]
+        return encode(*args)
 
-    monkeypatch.setattr(app_module, "_encode", slow_encode)
+    monkeypatch.setattr(generation, "encode_responses", slow_encode)
 
     async def scenario() -> float:
         transport = httpx.ASGITransport(create_app(engine))

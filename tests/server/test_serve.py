@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -52,6 +53,36 @@ def test_the_documented_client_prints_an_LTK_shape_with_either_spelling_of_the_f
     layers, rows, top_k = eval(printed)
     assert (layers, top_k) == (4, 4)
     assert 13 <= rows <= 13 + 100 - 1  # the model may end its sentence early
+
+
+def test_a_signal_ends_the_server_after_its_requests_are_answered() -> None:
+    """The engine is paused, so the request could wait for ever: it is answered as it is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://localhost:{port}"
+    command = serve(TINY, "--port", str(port), "--host", "0.0.0.0", "--shutdown-seconds", "0.5")
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            try:
+                requests.get(f"{url}/health", timeout=5)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        requests.post(f"{url}/pause", timeout=5)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(requests.post, f"{url}/generate", json={"inputs": "A"}, timeout=30)
+            while "moetrace_sequences_under_way 1" not in requests.get(f"{url}/metrics", timeout=5).text:
+                time.sleep(0.05)
+            server.send_signal(signal.SIGTERM)
+            assert waiting.result().json()["finish_reason"] == "abort"
+        log = server.communicate(timeout=30)[1]
+        assert server.returncode in (0, -signal.SIGTERM)
+        assert "0.0.0.0 is open to other machines and needs no key" in log
+        assert '"path": "/generate", "status": 200' in log
+    finally:
+        server.kill()
 
 
 def test_an_unknown_model_path_ends_with_a_message_and_no_traceback() -> None:

@@ -5,7 +5,7 @@ P prompt tokens and O generated tokens give a trace of P + O - 1 rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -24,13 +24,16 @@ class SamplingParams:
     Attributes:
         max_new_tokens: most tokens to generate, at least 1.
         do_sample: draw from the distribution; False takes the most likely token.
-        temperature: divides the logits before sampling, above 0.
+        min_new_tokens: fewest tokens to generate: before, end-of-sequence tokens have no probability, and stop tokens
+            and texts end nothing.
+        temperature: divides the logits before sampling, from 0.001 to 1,000,000.
         top_p: draw only from the smallest set of tokens with at least this probability, in (0, 1].
         top_k: draw only from this many most likely tokens; -1 means all.
         ignore_eos: go on after an end-of-sequence token.
         n: how many sequences to generate from the prompt; the prompt is computed once.
         stop_token_ids: tokens that end a sequence, as end-of-sequence tokens do.
         stop: texts that end a sequence; the token that completes one is its last.
+        stop_sequences: runs of tokens that end a sequence, as texts do.
 
     Raises:
         RequestError: a value is out of range.
@@ -45,15 +48,23 @@ class SamplingParams:
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, right, meaning in (
             ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
-            ("temperature", 0 < self.temperature < float("inf"), "a number > 0 (for greedy: do_sample=false)"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "0 <= min_new_tokens <= max_new_tokens",
+            ),
+            ("temperature", 1e-3 <= self.temperature <= 1e6, "0.001 to 1000000 (for greedy: do_sample=false)"),
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or >= 1"),
             ("n", self.n >= 1, "an integer >= 1"),
             ("stop", all(self.stop), "texts that are not empty"),
+            ("stop_sequences", all(self.stop_sequences), "runs of at least one token"),
         ):
             if not right:
                 raise RequestError(f"{name} is out of range", expected=meaning, got=getattr(self, name))
@@ -69,6 +80,7 @@ class GenerateResult:
             before top-k and top-p (temperature 1 when greedy).
         finish_reason: "stop" after an end-of-sequence token, a stop token or a stop text; "abort" when the request was
             aborted, with what there was; else "length".
+        weight_version: the weights in force when the sequence ended; the trace says it of every row.
         trace: the routes, P + O - 1 rows, or None when they were not asked for.
     """
 
@@ -76,14 +88,20 @@ class GenerateResult:
     output_tokens: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    weight_version: str
     trace: RoutingTrace | None = None
+
+
+Progress = Callable[[int, list[int], list[float]], None]
+"""Number of the sequence (below n), its output tokens so far, and their log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A request under way: its id, and a future for each of its `n` sequences."""
+    """A request under way: its id, the length of its prompt, and a future for each of its `n` sequences."""
 
     request_id: str
+    prompt_length: int
     futures: tuple[Future[GenerateResult], ...]
 
     def result(self, timeout: float | None = None) -> GenerateResult:
@@ -157,14 +175,57 @@ class Engine(Protocol):
         """The model's MoE layout where routes are captured, else None."""
         ...
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the model where routes are captured, else None."""
+        ...
+
+    @property
+    def weight_version(self) -> str:
+        """Name of the weights that steps run with now."""
+        ...
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not since."""
+        ...
+
     def submit(
-        self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
+        self,
+        prompt_tokens: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        return_routes: bool = False,
+        on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request.
+
+        Args:
+            prompt_tokens: token ids.
+            sampling: how to generate.
+            return_routes: give the result a trace.
+            on_progress: told of new tokens, on a thread of the engine: it must return at once. The tokens that end a
+                sequence come with its result only.
 
         Raises:
             RequestError: the request cannot be served as asked; said at once, nothing was queued.
             EngineError: the engine has stopped.
+        """
+        ...
+
+    def read_routes(
+        self, generation: Generation, sequence: int, output_tokens: Sequence[int], start: int
+    ) -> RoutingTrace | None:
+        """The rows from position `start` on of a sequence that still runs, as far as they are there without a gap.
+
+        Args:
+            generation: what `submit` returned, with `return_routes`.
+            sequence: number of the sequence.
+            output_tokens: its tokens so far, as `on_progress` told them.
+            start: position of the first row.
+
+        Returns:
+            None once the sequence is over: its result has all rows.
         """
         ...
 
@@ -187,11 +248,13 @@ class Engine(Protocol):
         """Replace the model's weights between two steps, all or none; running requests go on with the new ones.
 
         Args:
-            weights: a checkpoint folder of the same model, or tensors by the names of the model's state dict.
+            weights: a checkpoint folder of the same model or one safetensors file with the same names; or tensors by
+                the names of the model's state dict.
             version: name of the weights; every row says which it was computed by.
 
         Raises:
-            EngineError: names, shapes or dtypes are not the model's; the old weights stay.
+            WeightsError: there are none, or names, shapes or dtypes are not the model's; the old weights stay.
+            EngineError: the engine has stopped.
         """
         ...
 
@@ -208,14 +271,19 @@ def check_request(engine: Engine, prompt_tokens: Sequence[int], sampling: Sampli
     """Raise `RequestError` for a request that no engine of this model could serve."""
     if not prompt_tokens:
         raise RequestError("the prompt is empty", expected="at least one token")
-    wrong = next((i for i, token in enumerate(prompt_tokens) if not 0 <= token < engine.vocab_size), None)
-    if wrong is not None:
-        raise RequestError(
-            f"token id at position {wrong} is out of range",
-            expected=f"0 <= id < {engine.vocab_size}",
-            got=prompt_tokens[wrong],
-            fix="Tokenise with this model's own tokenizer.",
-        )
+    for what, tokens in (
+        ("token id", prompt_tokens),
+        ("stop token", sampling.stop_token_ids),
+        *(("stop token", run) for run in sampling.stop_sequences),
+    ):
+        wrong = next((i for i, token in enumerate(tokens) if not 0 <= token < engine.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"{what} at position {wrong} is out of range",
+                expected=f"0 <= id < {engine.vocab_size}",
+                got=tokens[wrong],
+                fix="Tokenise with this model's own tokenizer.",
+            )
     room = engine.max_model_len - len(prompt_tokens)
     if room < 1:
         raise RequestError(

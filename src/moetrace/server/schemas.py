@@ -7,24 +7,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moetrace.dialects import AxisOrder, IdType
 from moetrace.engines.base import SamplingParams
 from moetrace.errors import RequestError
 
 _SAMPLING = SamplingParams()
 
+Prompt = str | list[int]
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
-    "min_new_tokens": (0, 1),
-    "stop_sequences": (None, []),
     "allowed_token_ids": (None, []),
-    "skip_special_tokens": (True,),
     "seed": (None, -1),
 }
-"""LightLLM parameters that this server does not have yet, and the values under which that makes no difference."""
+"""LightLLM parameters that this server does not have, and the values under which that makes no difference."""
 
 
 class GenerateParameters(BaseModel):
@@ -33,20 +31,33 @@ class GenerateParameters(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     max_new_tokens: int = Field(_SAMPLING.max_new_tokens, description="most tokens to generate, at least 1")
+    min_new_tokens: int = Field(_SAMPLING.min_new_tokens, description="fewest tokens to generate")
     do_sample: bool = Field(_SAMPLING.do_sample, description="sample; false takes the most likely token each time")
-    temperature: float = Field(_SAMPLING.temperature, description="divides the logits, above 0")
+    temperature: float = Field(_SAMPLING.temperature, description="divides the logits, 0.001 to 1000000")
     top_p: float = Field(_SAMPLING.top_p, description="nucleus, in (0, 1]")
     top_k: int = Field(_SAMPLING.top_k, description="most likely tokens to draw from; -1 means all")
+    n: int = Field(_SAMPLING.n, description="sequences to generate from each prompt")
+    best_of: int | None = Field(None, description="must equal n")
     ignore_eos: bool = Field(_SAMPLING.ignore_eos, description="go on after an end-of-sequence token")
+    stop_sequences: str | list[str | list[int]] | None = Field(
+        None, description="what ends a sequence: a text, or a list of texts and of lists of token ids"
+    )
     add_special_tokens: bool = Field(True, description="let the tokenizer add its special tokens to a text prompt")
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of generated_text")
     return_details: bool = Field(False, description="return `tokens`: id, text and log-probability of each")
     return_routed_experts: bool = Field(False, description="return `routed_experts`")
+    routed_experts_start: int = Field(0, description="position of the first row to return, at most the prompt's length")
+    routed_experts_layout: AxisOrder = Field("LTK", description="order of the axes: LTK or TLK")
+    routed_experts_dtype: IdType = Field("int32", description="type of the expert ids")
+    routed_experts_every: int = Field(
+        0, description="in a stream: new rows every so many tokens; 0: all at the end", ge=0
+    )
 
     def sampling(self) -> SamplingParams:
         """The sampling part, range-checked.
 
         Raises:
-            RequestError: a value is out of range, or a parameter is unknown or not supported.
+            RequestError: a value is out of range, or a parameter is unknown, not supported or contradicts another.
         """
         for name, value in (self.model_extra or {}).items():
             if name not in _NEUTRAL:
@@ -57,21 +68,51 @@ class GenerateParameters(BaseModel):
                 )
             if value not in _NEUTRAL[name]:
                 raise RequestError(
-                    f"parameter {name!r} is not supported by this server yet",
+                    f"parameter {name!r} is not supported by this server",
                     expected=f"it absent, or {_NEUTRAL[name][0]!r}",
                     got=repr(value),
-                    fix="For several samples of one prompt send several requests."
-                    if name in ("n", "best_of")
-                    else None,
+                    fix="Start the server with --seed." if name == "seed" else None,
                 )
-        names = {item.name for item in fields(SamplingParams)} & set(type(self).model_fields)
-        return SamplingParams(**{name: getattr(self, name) for name in names})
+        if self.best_of not in (None, self.n):
+            raise RequestError(
+                "best_of is not n, and this server ranks no sequences",
+                expected=f"best_of absent, or {self.n}",
+                got=self.best_of,
+                fix="Ask for n sequences with return_details and rank them by their log-probabilities.",
+            )
+        routing = [name for name in sorted(self.model_fields_set) if name.startswith("routed_experts_")]
+        if routing and not self.return_routed_experts:
+            raise RequestError(f"{routing[0]} says how to return routes that were not asked for", fix=_ASK)
+        stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
+        runs = [tuple(stop) for stop in stops if not isinstance(stop, str)]
+        names = {item.name for item in fields(SamplingParams)} & set(type(self).model_fields) - {"stop_sequences"}
+        return SamplingParams(
+            **{name: getattr(self, name) for name in names},
+            stop=tuple(stop for stop in stops if isinstance(stop, str)),
+            stop_token_ids=tuple(run[0] for run in runs if len(run) == 1),
+            stop_sequences=tuple(run for run in runs if len(run) != 1),
+        )
+
+
+_ASK = 'Send "return_routed_experts": true with it.'
 
 
 class GenerateRequest(BaseModel):
-    """One prompt, as text or as token ids."""
+    """One prompt or several, as text or as token ids."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: str | list[int] = Field(description="the prompt: text, or token ids")
+    inputs: Prompt | list[Prompt] = Field(description="the prompt: text, or token ids; or a list of prompts")
     parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters())
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts one by one."""
+        if isinstance(self.inputs, str) or not self.is_batch:
+            return [self.inputs]  # type: ignore[list-item]
+        return self.inputs  # type: ignore[return-value]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether `inputs` is a list of prompts, and the response a list too."""
+        return isinstance(self.inputs, list) and any(not isinstance(item, int) for item in self.inputs)

@@ -136,14 +136,33 @@ class StepCapture:
         self._store.set_version(version)
 
     def collect(self, request_id: str, tokens: Sequence[int]) -> CapturedRows:
-        """Take away the rows of a watched request that is over: one for each token but the last.
-
-        A row counts only if its slot was written for that very token.
-        """
+        """Take away the rows of a watched request that is over: one for each token but the last."""
         history = self._histories[request_id]
         if not history.complete.wait(_PULL_TIMEOUT_S):
             raise CaptureError(f"the rows of {request_id} never left the engine", got=f"{_PULL_TIMEOUT_S:.0f} s")
         del self._histories[request_id]
+        rows = self.assemble(history.parts, tokens)
+        self.counts.sequences += 1
+        self.counts.rows += len(rows.valid_T)
+        self.counts.missing_rows += int((~rows.valid_T).sum())
+        return rows
+
+    def peek(self, request_id: str, start: int, stop: int) -> list[_Part] | None:
+        """What there is of positions `start <= p < stop` of a watched request that still runs, for `assemble`; None
+        when it is over. To be called on the generation thread, on the compute stream."""
+        history = self._histories.get(request_id)
+        if history is None:
+            return None
+        self.settle()
+        size = self._store.page_size
+        first = start // size
+        pages = list(self._loop.pages.table.get(request_id, ()))[first : -(-stop // size)]
+        here = [_Part(first * size, len(pages) * size, pages, self._store.take(pages))] if pages else []
+        return [*history.parts, *here]
+
+    def assemble(self, parts: Sequence[_Part], tokens: Sequence[int]) -> CapturedRows:
+        """One row for each token but the last, from settled parts, oldest first. A row counts only if its slot was
+        written for that very token."""
         num_rows = len(tokens) - 1
         rows = CapturedRows(
             np.zeros((num_rows, self.layout.num_layers, self.layout.top_k), self.layout.dtype),
@@ -151,7 +170,7 @@ class StepCapture:
             np.zeros(num_rows, np.int32),
         )
         tokens_T = np.asarray(tokens)
-        for part in reversed(history.parts):  # the oldest last: its rows stay
+        for part in reversed(parts):  # the oldest last: its rows stay
             assert part.pulled is not None
             experts_TLK, marks_T2 = part.pulled.read(part.first, len(part.pages))
             count = max(min(part.count, num_rows - part.start), 0)
@@ -159,9 +178,6 @@ class StepCapture:
             rows.experts_TLK[part.start + here] = experts_TLK[here]
             rows.versions_T[part.start + here] = marks_T2[here, 1]
             rows.valid_T[part.start + here] = True
-        self.counts.sequences += 1
-        self.counts.rows += num_rows
-        self.counts.missing_rows += int(num_rows - rows.valid_T.sum())
         return rows
 
     # From here on: what the loop tells (see PageListener), on the generation thread.

@@ -188,20 +188,20 @@ class BatchLoop:
         scheduler.block_new_requests = False  # as when a request finishes: what was preempted has room now
         for state in states:
             state._status = RequestStatus.FINISHED  # a step in flight must not go on with it
-            self._deliver(state.to_generation_output())
+            self.deliver(state.to_generation_output())
         for request_id in asked - set(self._cancelled):  # it is over already, or was to be forked later
             if self._listener is not None:
                 self._listener.freed(request_id, [], 0, over=True)
-            self._deliver(GenerationOutput(request_id, status=RequestStatus.FINISHED))
+            self.deliver(GenerationOutput(request_id, status=RequestStatus.FINISHED))
         self._cancelled = {}
         if self._listener is not None:
             with self.on_compute_stream():
                 self._listener.settle()
         return states
 
-    def _deliver(self, output: GenerationOutput) -> None:
+    def deliver(self, output: Any) -> None:
         """Through the engine's own queue, so that what it delivered before comes first."""
-        self._processor.output_router.deliver(output)
+        self._processor.output_router.output_queue.put(output)
 
     def _preempt(self, own: Callable[[], Any]) -> Any:
         self._preempting = True

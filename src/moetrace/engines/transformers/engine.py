@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,33 +21,22 @@ from moetrace.engines.base import (
     FinishReason,
     GenerateResult,
     Generation,
+    Progress,
     SamplingParams,
     check_request,
 )
 from moetrace.engines.transformers import loading
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
+from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
 from moetrace.engines.transformers.sampling import Sampler, generation_config
-from moetrace.engines.transformers.stopping import StopTexts
+from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
 from moetrace.errors import EngineError, RequestError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Pending:
-    """A sequence that somebody waits for."""
-
-    prompt: list[int]
-    sampling: SamplingParams
-    future: Future[GenerateResult]
-    return_routes: bool
-    stop_ids: frozenset[int]
-    stop_texts: StopTexts | None
-    aborted: bool = False
 
 
 class TransformersEngine:
@@ -75,7 +63,7 @@ class TransformersEngine:
             generation_config=generation_config(self.vocab_size, self._eos_token_ids),
             continuous_batching_config=loading.batching_config(model.device, window, config),
         )
-        self._sampler = Sampler(self._manager, self.vocab_size)
+        self._sampler = Sampler(self._manager, self.vocab_size, self._eos_token_ids)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
         self._sampler.attach(processor)
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
@@ -87,7 +75,7 @@ class TransformersEngine:
             self._capture = StepCapture(model, self._loop, self.max_model_len)
         self._manager.warmup()
         self._ids = itertools.count()
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[str, Pending] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._manager.start()
@@ -122,6 +110,16 @@ class TransformersEngine:
         return self._capture.counts if self._capture else None
 
     @property
+    def fingerprint(self) -> str | None:
+        """The model's fingerprint where routes are captured, else None."""
+        return self._capture.fingerprint if self._capture else None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not since."""
+        return self._loop.paused
+
+    @property
     def weight_version(self) -> str:
         """Name of the weights that steps run with now."""
         return self._versions[-1]
@@ -139,13 +137,20 @@ class TransformersEngine:
         return f"{device}, window {self.max_model_len}, KV cache {self._cache_tokens} tokens, {routes}"
 
     def submit(
-        self, prompt_tokens: Sequence[int], sampling: SamplingParams, *, return_routes: bool = False
+        self,
+        prompt_tokens: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        return_routes: bool = False,
+        on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request; see `Engine.submit`."""
         check_request(self, prompt_tokens, sampling, return_routes)
         if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this engine has none", fix="Pass stop_token_ids.")
-        prompt, stop_ids = list(prompt_tokens), list(sampling.stop_token_ids)
+        prompt, stop_ids = list(prompt_tokens), list[int]()
+        if sampling.min_new_tokens <= 1:
+            stop_ids += sampling.stop_token_ids
         if not sampling.ignore_eos:
             stop_ids += self._eos_token_ids
         with self._lock:
@@ -155,11 +160,13 @@ class TransformersEngine:
                     fix="Restart the server; its log says why it stopped." if self.is_driver else "Ask rank 0.",
                 )
             request_id = f"request-{next(self._ids)}"
-            names = [request_id, *(f"{request_id}__child#{i}" for i in range(sampling.n - 1))]  # as the engine's forks
+            names = [name_of(request_id, number) for number in range(sampling.n)]
             futures = []
-            for name in names:
-                texts = StopTexts(self._tokenizer, sampling.stop) if sampling.stop else None
-                pending = _Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), texts)
+            for number, name in enumerate(names):
+                stops = Stops(self._tokenizer, sampling)
+                told = None if on_progress is None else partial(on_progress, number)
+                pending = Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told)
+                pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
                 self._pending[name] = pending
                 if self._capture and return_routes:
@@ -169,11 +176,27 @@ class TransformersEngine:
                 prompt,
                 request_id=request_id,
                 max_new_tokens=sampling.max_new_tokens,
-                streaming=bool(sampling.stop),
+                streaming=bool(stops) or on_progress is not None,
                 eos_token_id=stop_ids or -1,
-                **self._sampler.admit(sampling),
+                **self._sampler.admit(len(prompt), sampling),
             )
-        return Generation(request_id, tuple(futures))
+        return Generation(request_id, len(prompt), tuple(futures))
+
+    def read_routes(
+        self, generation: Generation, sequence: int, output_tokens: Sequence[int], start: int
+    ) -> RoutingTrace | None:
+        """Rows of a sequence that still runs; see `Engine.read_routes`."""
+        name = name_of(generation.request_id, sequence)
+        pending = self._pending.get(name)
+        if self._capture is None or pending is None:
+            return None
+        tokens = [*pending.prompt, *output_tokens]
+        parts = self._between_steps(partial(self._capture.peek, name, start, len(tokens) - 1))
+        if parts is None:
+            return None
+        trace = self._trace_of(self._capture.assemble(parts, tokens), tokens)
+        gaps = np.flatnonzero(~trace.valid_T[start:])
+        return trace.slice(start, start + int(gaps[0]) if len(gaps) else trace.stop)
 
     def abort(self, request_id: str | None = None) -> None:
         """End one request or all of them; see `Engine.abort`."""
@@ -196,22 +219,18 @@ class TransformersEngine:
         """Replace the weights between two steps, all or none; see `Engine.update_weights`."""
         self._require_one_process("update_weights")
         if isinstance(weights, str):
-            weights = loading.load_model(weights, self.config, require_moe=False, device="cpu").state_dict()
+            weights = loading.load_weights(weights, self._model, self.config)
         checked = check_weights(self._model, weights)
 
         def apply() -> None:
             apply_weights(checked)
             self._loop.forget_prefixes()
             self._versions.append(version)
+            self._loop.deliver(NewWeights(version))
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
 
-        done = self._loop.call(apply)
-        while not done.done():
-            if not self.is_healthy():
-                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
-            concurrent.futures.wait([done], timeout=0.5)
-        done.result()
+        self._between_steps(apply)
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
@@ -232,6 +251,15 @@ class TransformersEngine:
         if self._capture:
             self._capture.close()
 
+    def _between_steps(self, task: Callable[[], Any]) -> Any:
+        """Run `task` on the generation thread and wait for its result."""
+        done = self._loop.call(task)
+        while not done.done():
+            if not self.is_healthy():
+                raise EngineError("the engine has stopped", fix="Restart the server; its log says why it stopped.")
+            wait([done], timeout=1.0)
+        return done.result()
+
     def _require_one_process(self, what: str) -> None:
         if self.config.parallel != "none":
             raise EngineError(
@@ -242,23 +270,35 @@ class TransformersEngine:
 
     def _deliver(self) -> None:
         """Hand finished sequences to their futures, off the generation thread."""
+        version = self.config.weight_version
         while True:
             output = self._manager.get_result(timeout=0.05)
-            if output is not None:
+            if isinstance(output, NewWeights):
+                version = output.version
+            elif output is not None:
                 if output.is_finished():
-                    self._finish(output)
+                    self._finish(output, version)
                 else:
-                    self._look_for_stop(output)
+                    self._proceed(output)
             elif not self.is_healthy():
                 break
         self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
 
-    def _look_for_stop(self, output: Any) -> None:
+    def _proceed(self, output: Any) -> None:
+        """A sequence has a new token: end it if that completes a stop, else tell who wants to know."""
         pending = self._pending.get(output.request_id)
-        if pending is not None and pending.stop_texts and pending.stop_texts.found(output.generated_tokens):
+        if pending is None:
+            return
+        if pending.stops.found(output.generated_tokens):
             self._manager.cancel_request(output.request_id)
+        elif pending.on_progress is not None:
+            try:
+                pending.on_progress(output.generated_tokens, output.logprobs)
+            except Exception:  # one request's listener must not end the delivery of others
+                logger.exception("%s: its listener failed and is told no more", output.request_id)
+                pending.on_progress = None
 
-    def _finish(self, output: Any) -> None:
+    def _finish(self, output: Any, version: str) -> None:
         with self._lock:
             pending = self._pending.pop(output.request_id, None)
             if pending is None:
@@ -266,19 +306,19 @@ class TransformersEngine:
             self._sampler.retire(pending.sampling)
         try:
             if output.error is not None:
-                raise RequestError(f"the engine failed this request ({output.error})")
-            pending.future.set_result(self._result(output, pending))
+                raise EngineError(f"the engine failed this request ({output.error})", fix="Send it again.")
+            pending.future.set_result(self._result(output, pending, version))
         except Exception as error:  # one request's failure must reach its client, and no other
             pending.future.set_exception(error)
         finally:
             if self._capture:
                 self._capture.drop(output.request_id)
 
-    def _result(self, output: Any, pending: _Pending) -> GenerateResult:
+    def _result(self, output: Any, pending: Pending, version: str) -> GenerateResult:
         generated = list(output.generated_tokens)
         reason: FinishReason = "length"
-        if pending.stop_texts and pending.stop_texts.found(generated):
-            generated, reason = generated[: pending.stop_texts.length], "stop"
+        if pending.stops.found(generated):
+            generated, reason = generated[: pending.stops.length], "stop"
         elif generated and generated[-1] in pending.stop_ids:
             reason = "stop"
         elif pending.aborted and len(generated) < pending.sampling.max_new_tokens:
@@ -286,18 +326,23 @@ class TransformersEngine:
         trace = None
         if self._capture and pending.return_routes:
             tokens = pending.prompt + generated
-            rows = self._capture.collect(output.request_id, tokens)
-            trace = RoutingTrace.build(
-                rows.experts_TLK,
-                self._capture.layout,
-                tokens,
-                valid_T=rows.valid_T,
-                weight_spans=self._weight_spans(rows),
-                order=self._capture.order,
-                fingerprint=self._capture.fingerprint,
-                engine=self.name,
-            )
-        return GenerateResult(pending.prompt, generated, list(output.logprobs)[: len(generated)], reason, trace)
+            trace = self._trace_of(self._capture.collect(output.request_id, tokens), tokens)
+            version = trace.weight_spans[-1].version if trace.weight_spans else version
+        logprobs = list(output.logprobs)[: len(generated)]
+        return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace)
+
+    def _trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
+        assert self._capture is not None
+        return RoutingTrace.build(
+            rows.experts_TLK,
+            self._capture.layout,
+            tokens,
+            valid_T=rows.valid_T,
+            weight_spans=self._weight_spans(rows),
+            order=self._capture.order,
+            fingerprint=self._capture.fingerprint,
+            engine=self.name,
+        )
 
     def _weight_spans(self, rows: CapturedRows) -> list[WeightSpan]:
         """Runs of equal weights; a row that is missing goes with the one before it."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
 
 from moetrace.engines.base import EngineConfig
-from moetrace.errors import EngineError, NotMoeError
+from moetrace.errors import EngineError, NotMoeError, WeightsError
 from moetrace.routers import config_layout
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,46 @@ def load_model(path: str, config: EngineConfig, *, require_moe: bool, device: st
     }
     if config.parallel != "none" and device is None:
         optional["distributed_config"] = _parallel_plan(config.parallel)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, **optional)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise EngineError(f"cannot load the model {path!r} ({error})") from error
+    model = _from_pretrained(AutoModelForCausalLM, path, path, dtype=config.dtype, **optional)
     if "distributed_config" not in optional:  # else every rank has its part where it belongs
         model = model.to(_device(device or config.device))
     return model.eval()
+
+
+def load_weights(path: str, model: Any, config: EngineConfig) -> dict[str, torch.Tensor]:
+    """The state dict of `model` with the weights of a checkpoint folder or of one safetensors file, on the host.
+
+    Raises:
+        WeightsError: they cannot be read, or are not all there.
+    """
+    try:
+        if not Path(path).expanduser().is_file():
+            return load_model(path, config, require_moe=False, device="cpu").state_dict()
+        with safe_open(Path(path).expanduser(), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = {"config": model.config, "dtype": model.dtype}
+        return _from_pretrained(type(model), path, None, state_dict=tensors, **own).state_dict()
+    except (EngineError, OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"cannot read the new weights from {path!r}; the old ones stay",
+            expected="a checkpoint folder of this model, or a safetensors file with all of its tensors",
+            got=error,
+        ) from error
+
+
+def _from_pretrained(kind: Any, name: str, path: str | None, **options: Any) -> Any:
+    try:
+        model, report = kind.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise EngineError(f"cannot load the model {name!r} ({error})") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        raise EngineError(
+            f"{name!r} lacks weights of the model",
+            expected="all of them",
+            got=f"{len(report['missing_keys'])} missing, among them {min(report['missing_keys'])}",
+            fix="Save the whole model with save_pretrained.",
+        )
+    return model
 
 
 def _parallel_plan(plan: str) -> Any:

@@ -63,6 +63,32 @@ class _Greedy(ContinuousBatchingLogitsProcessor):
         return scores.masked_fill(greedy & ~best, float("-inf"))
 
 
+class _Fewest(ContinuousBatchingLogitsProcessor):
+    """Gives end-of-sequence tokens no probability before the position where a request may end."""
+
+    supported_kwargs = {"may_end_at": int}
+    ignored_kwargs = ()
+
+    def __init__(self, eos_token_ids: list[int], sampler: Sampler) -> None:
+        self._eos_token_ids, self._sampler = eos_token_ids, sampler
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        states = [request.state for request in requests_with_new_token]
+        too_early = [state.position_offset < state.logit_processor_kwargs.get("may_end_at", 0) for state in states]
+        return torch.tensor(too_early, dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        if not self._sampler.truncates or not self._eos_token_ids:
+            return scores
+        ends = torch.zeros_like(scores, dtype=torch.bool)
+        for token in self._eos_token_ids:
+            ends[:, token] = tensor_arg[: scores.size(0)].bool()
+        return scores.masked_fill(ends, float("-inf"))
+
+
 class _Truncation(ContinuousBatchingLogitsProcessor):
     """One of transformers' top-k and top-p, left out while no request truncates."""
 
@@ -86,9 +112,10 @@ class Sampler:
     Args:
         manager: a `ContinuousBatchingManager` made with `generation_config`.
         vocab_size: V.
+        eos_token_ids: the model's end-of-sequence tokens.
     """
 
-    def __init__(self, manager: Any, vocab_size: int) -> None:
+    def __init__(self, manager: Any, vocab_size: int, eos_token_ids: list[int]) -> None:
         self._vocab_size = vocab_size
         self._truncating = 0
         self.truncates = False
@@ -99,10 +126,11 @@ class Sampler:
         processors.logits_processor[:] = [
             temperature,
             self._untruncated,
+            _Fewest(eos_token_ids, self),
             *(_Truncation(processor, self) for processor in truncations),
             _Greedy(),
         ]
-        processors.tensors_required += 1
+        processors.tensors_required += 2
         processors._retrieve_processors_kwargs()
 
     def attach(self, batch_processor: Any) -> None:
@@ -126,20 +154,23 @@ class Sampler:
         for device_io in [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]:
             device_io._get_graph_key = self._with_truncation(device_io._get_graph_key)
 
-    def admit(self, sampling: SamplingParams) -> dict[str, Any]:
+    def admit(self, prompt_length: int, sampling: SamplingParams) -> dict[str, Any]:
         """The values a request brings to the processors; `retire` it for each of its sequences that is over."""
         self._truncating += sampling.n * self._is_truncated(sampling)
+        values = {"may_end_at": prompt_length + max(sampling.min_new_tokens - 1, 0) * (not sampling.ignore_eos)}
         if not sampling.do_sample:
-            return {"temperature": 1.0, "top_k": self._vocab_size, "top_p": 1.0, "greedy": 1}
+            return {**values, "temperature": 1.0, "top_k": self._vocab_size, "top_p": 1.0, "greedy": 1}
         top_k = self._vocab_size if sampling.top_k == -1 else min(sampling.top_k, self._vocab_size)
-        return {"temperature": float(sampling.temperature), "top_k": top_k, "top_p": float(sampling.top_p), "greedy": 0}
+        drawn = {"temperature": float(sampling.temperature), "top_k": top_k, "top_p": float(sampling.top_p)}
+        return {**values, **drawn, "greedy": 0}
 
     def retire(self, sampling: SamplingParams) -> None:
         """One sequence of an admitted request is over."""
         self._truncating -= self._is_truncated(sampling)
 
     def _is_truncated(self, sampling: SamplingParams) -> bool:
-        return sampling.do_sample and (sampling.top_p < 1 or 0 < sampling.top_k < self._vocab_size)
+        truncated = sampling.do_sample and (sampling.top_p < 1 or 0 < sampling.top_k < self._vocab_size)
+        return truncated or sampling.min_new_tokens > 1
 
     def _with_truncation(self, own: Callable[[], tuple]) -> Callable[[], tuple]:
         return lambda: (*own(), self.truncates)

@@ -1,34 +1,54 @@
-"""Stop texts on top of continuous batching, which stops at tokens only."""
+"""Stop texts and stop runs on top of continuous batching, which stops at single tokens only."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from moetrace.engines.base import SamplingParams
+
 _REACH = 8
 """Tokens looked at beyond the longest text's characters: some decode to nothing, some to part of a character."""
 
 
-class StopTexts:
-    """Where the first of some texts is completed in a growing sequence of tokens.
+class Stops:
+    """Where a growing sequence of tokens first completes something that ends it.
 
     Args:
-        tokenizer: decodes.
-        texts: what to look for; none of them empty.
+        tokenizer: decodes; needed for texts only.
+        sampling: what to look for, and from which length on.
     """
 
-    def __init__(self, tokenizer: Any, texts: tuple[str, ...]) -> None:
-        self._tokenizer, self._texts = tokenizer, texts
-        self._reach = max(len(text) for text in texts) + _REACH
+    def __init__(self, tokenizer: Any, sampling: SamplingParams) -> None:
+        self._tokenizer, self._texts, self._fewest = tokenizer, sampling.stop, sampling.min_new_tokens
+        self._runs = [list(run) for run in sampling.stop_sequences]
+        if self._fewest > 1:  # the engine itself knows no fewest
+            self._runs += [[token] for token in sampling.stop_token_ids]
+        reaches = [len(run) for run in self._runs] + [len(text) + _REACH for text in self._texts]
+        self._reach = max(reaches, default=0)
         self._seen = 0
         self.length: int | None = None
-        """Tokens up to and with the one that completes a text; None until there is one."""
+        """Tokens up to and with the one that completes something; None until there is one."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self._texts or self._runs)
 
     def found(self, tokens: list[int]) -> bool:
-        """Look at the tokens that came since the last call; True once a text is complete."""
+        """Look at the tokens that came since the last call; True once something is complete."""
         while self.length is None and self._seen < len(tokens):
             self._seen += 1
             recent = tokens[max(0, self._seen - self._reach) : self._seen]
-            decoded = self._tokenizer.decode(recent, skip_special_tokens=True)
-            if any(text in decoded for text in self._texts):
+            if self._seen >= self._fewest and self._ends(recent):
                 self.length = self._seen
         return self.length is not None
+
+    def _ends(self, recent: list[int]) -> bool:
+        if any(recent[-len(run) :] == run for run in self._runs):
+            return True
+        if not self._texts:
+            return False
+        decoded, before = self._decode(recent), self._decode(recent[:-1]) if self._fewest > 1 else ""
+        return any(decoded.count(text) > before.count(text) for text in self._texts)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from moetrace.errors import EngineError
+from moetrace.errors import WeightsError
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -18,7 +18,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list
         weights: tensors by the names of `model.state_dict()`, every one of them, floats of any precision.
 
     Raises:
-        EngineError: a name is missing or unknown, or a shape, kind or value does not fit.
+        WeightsError: a name is missing or unknown, or a shape, kind or value does not fit.
     """
     own = model.state_dict()
     for names, problem in (
@@ -26,7 +26,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list
         (weights.keys() - own.keys(), "is not the model's, but in"),
     ):
         if names:
-            raise EngineError(
+            raise WeightsError(
                 f"{sorted(names)[0]} {problem} the new weights",
                 expected=f"the model's {len(own)} tensors",
                 got=f"{len(weights)} tensors, {len(names)} such",
@@ -38,9 +38,9 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list
             ("kind of numbers", own[name].is_floating_point(), tensor.is_floating_point()),
         ):
             if expected != got:
-                raise EngineError(f"{name} has another {what}; the old weights stay", expected=expected, got=got)
+                raise WeightsError(f"{name} has another {what}; the old weights stay", expected=expected, got=got)
         if not torch.isfinite(tensor).all():
-            raise EngineError(f"{name} holds a number that is not finite; the old weights stay")
+            raise WeightsError(f"{name} holds a number that is not finite; the old weights stay")
     return [(own[name], tensor) for name, tensor in weights.items()]
 
 

@@ -1,0 +1,36 @@
+"""What the engine remembers of its requests, and what stands between their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.transformers.stopping import Stops
+
+
+@dataclass
+class Pending:
+    """A sequence that somebody waits for."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    future: Future[GenerateResult]
+    return_routes: bool
+    stop_ids: frozenset[int]
+    stops: Stops
+    on_progress: Callable[[list[int], list[float]], None] | None
+    aborted: bool = False
+
+
+@dataclass(frozen=True)
+class NewWeights:
+    """Stands among the engine's outputs: what comes after it was finished by weights of this version."""
+
+    version: str
+
+
+def name_of(request_id: str, sequence: int) -> str:
+    """What continuous batching calls a sequence: forks are its children."""
+    return f"{request_id}__child#{sequence - 1}" if sequence else request_id

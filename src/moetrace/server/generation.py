@@ -1,0 +1,132 @@
+"""`/generate` and `/generate_stream`. Tokenising and encoding run in worker threads, never on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from moetrace.dialects import require_id_type
+from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
+from moetrace.errors import FormatError, RequestError
+from moetrace.server.config import ServerConfig
+from moetrace.server.metrics import Metrics
+from moetrace.server.requests import RequestTable, Running
+from moetrace.server.responses import encode_responses
+from moetrace.server.schemas import GenerateParameters, GenerateRequest
+from moetrace.server.streaming import Arrivals, EventStream, token_events, unless_disconnected
+from moetrace.server.texts import Tokenizer, prompt_tokens
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What it takes to serve a request."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    requests: RequestTable
+    config: ServerConfig
+    metrics: Metrics
+
+    async def submit(
+        self, request: GenerateRequest, sampling: SamplingParams, running: Running, on_progress: Progress | None = None
+    ) -> None:
+        """Tokenise and queue all prompts of a request, or none.
+
+        Raises:
+            RequestError: one of them cannot be served as asked.
+            EngineError: the engine has stopped.
+        """
+        parameters, routes = request.parameters, request.parameters.return_routed_experts
+        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
+        for prompt in prompts:
+            self._check_length(len(prompt))
+            check_request(self.engine, prompt, sampling, routes)
+            _check_routing(self.engine, len(prompt), parameters)
+        for prompt in prompts:  # if one fails after all, leaving `running` aborts the others
+            generation = self.engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress)
+            running.generations.append(generation)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.max_prompt_tokens
+        if limit is not None and length > limit:
+            raise RequestError("the prompt is too long for this server", expected=f"at most {limit} tokens", got=length)
+
+
+def generation_routes(generator: Generator) -> APIRouter:
+    """The routes that generate."""
+    router = APIRouter()
+    tokenizer, requests, metrics = generator.tokenizer, generator.requests, generator.metrics
+
+    @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
+    async def generate(request: GenerateRequest, http: Request) -> Response:
+        parameters = request.parameters
+        sampling = parameters.sampling()
+        if parameters.routed_experts_every:
+            raise RequestError(
+                "routed_experts_every is for streams", expected="it absent, or 0", fix="Use /generate_stream."
+            )
+        with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
+            await generator.submit(request, sampling, running)
+            results = await unless_disconnected(http.receive, _results(running.generations))
+            for sequences in results:
+                metrics.finished(sequences)
+            http.state.facts = _facts(results)
+            body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
+        return Response(body, media_type="application/json")
+
+    @router.post("/generate_stream", summary="Generate from one prompt; tokens come as server-sent events")
+    async def generate_stream(request: GenerateRequest, http: Request) -> Response:
+        parameters = request.parameters
+        sampling = parameters.sampling()
+        if request.is_batch:
+            raise RequestError(
+                "a stream has one prompt",
+                expected="text, or a list of token ids",
+                got=f"a list of {len(request.prompts)} prompts",
+                fix="Open a stream for each.",
+            )
+        with ExitStack() as opened:
+            running = opened.enter_context(requests.open(http.state.request_id, sampling.n))
+            arrivals = Arrivals()
+            await generator.submit(request, sampling, running, arrivals.on_progress)
+            arrivals.expect(running.generations[0])
+            return EventStream(
+                token_events(generator.engine, arrivals, parameters, tokenizer, metrics), opened.pop_all()
+            )
+
+    return router
+
+
+async def _results(generations: Sequence[Generation]) -> list[list[GenerateResult]]:
+    return [[await asyncio.wrap_future(future) for future in generation.futures] for generation in generations]
+
+
+def _facts(results: list[list[GenerateResult]]) -> dict[str, Any]:
+    """What the log says of a finished request."""
+    sequences = [sequence for of_prompt in results for sequence in of_prompt]
+    return {
+        "prompt_tokens": sum(len(of_prompt[0].prompt_tokens) for of_prompt in results),
+        "output_tokens": sum(len(sequence.output_tokens) for sequence in sequences),
+        "finish_reasons": sorted({sequence.finish_reason for sequence in sequences}),
+    }
+
+
+def _check_routing(engine: Engine, prompt_length: int, parameters: GenerateParameters) -> None:
+    if not 0 <= parameters.routed_experts_start <= prompt_length:
+        raise RequestError(
+            "routed_experts_start is out of range",
+            expected=f"0 <= start <= {prompt_length} prompt tokens",
+            got=parameters.routed_experts_start,
+            fix="Pass how many rows of the conversation you have: prompt + output - 1 of the turn before.",
+        )
+    if parameters.return_routed_experts and engine.layout is not None:
+        try:
+            require_id_type(engine.layout, parameters.routed_experts_dtype)
+        except FormatError as error:
+            raise RequestError(error.what, expected=error.expected, got=error.got, fix=error.fix) from error
