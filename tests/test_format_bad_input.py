@@ -161,7 +161,7 @@ def test_a_metadata_text_that_repeats_a_key() -> None:
         ({"num_experts": 65}, "'0.experts' contradicts"),
         ({"top_k": 0}, "do not fit together"),
         ({"top_k": 4}, "'0.experts' contradicts"),
-        ({"layers": [3, 1]}, "must be ascending"),
+        ({"layers": [3, 1]}, "at least one, ascending"),
         ({"layers": list(range(10**5))}, "'0.experts' contradicts"),
         ({"layers": {"1": 1, "3": 3}}, "not a whole number"),
         ({"start": 2}, "more rows than tokens"),
