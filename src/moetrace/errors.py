@@ -19,7 +19,7 @@
     │   ├── CaptureError           an engine's internals are not as the capture adapter knows them
     │   └── WeightsError           new weights do not fit the running model; the old ones stay
     ├── RequestError               one request cannot be served as asked; the engine goes on
-    │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── CaptureOffError        it asks for routes, but capture is stopped or was never there
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
     └── MissingExtraError          an optional dependency is not installed
@@ -120,7 +120,7 @@ class RequestError(MoetraceError):
 
 
 class CaptureOffError(RequestError):
-    """A request asks for routes, but the engine was started without capture."""
+    """A request asks for routes, but capture is stopped, or the engine was started without it."""
 
 
 class DuplicateRequestError(RequestError):

@@ -93,7 +93,7 @@ class RoutingTrace:
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
             )
         valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else np.asarray(valid_T, dtype=bool)
-        if valid_T.shape == experts_TLK.shape[:1]:  # otherwise __post_init__ says what is wrong
+        if valid_T.shape == experts_TLK.shape[:1] and not valid_T.all():  # otherwise __post_init__ says what is wrong
             experts_TLK = np.where(valid_T[:, None, None], experts_TLK, 0)
         if experts_TLK.size and not 0 <= experts_TLK.min() <= experts_TLK.max() < layout.num_experts:
             row, layer, rank = np.argwhere((experts_TLK < 0) | (experts_TLK >= layout.num_experts))[0]
@@ -105,7 +105,7 @@ class RoutingTrace:
             )
         tokens = require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
-            experts_TLK=experts_TLK.astype(layout.dtype),
+            experts_TLK=experts_TLK.astype(layout.dtype, copy=False),
             valid_T=valid_T,
             layout=layout,
             tokens=tokens,
@@ -251,6 +251,8 @@ class RoutingTrace:
                 expected=f"{self.start} <= start <= stop <= {self.stop}",
                 got=f"{start}, {stop}",
             )
+        if (start, stop) == (self.start, self.stop):
+            return self
         first, last = start - self.start, stop - self.start
         return replace(
             self,
