@@ -51,21 +51,22 @@ def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType
         FormatError: the model's expert ids do not fit `dtype`.
     """
     require_id_type(trace.layout, dtype)
-    ids = trace.experts_TLK.astype(np.dtype(dtype).newbyteorder("<"))
-    ids[~trace.valid_T] = _missing(dtype)
-    if layout == "LTK":
-        ids = ids.transpose(1, 0, 2)
+    own = trace.experts_TLK if layout == "TLK" else trace.experts_TLK.transpose(1, 0, 2)
+    ids = own.astype(np.dtype(dtype).newbyteorder("<"), order="C")
+    ids[~trace.valid_T if layout == "TLK" else np.s_[:, ~trace.valid_T]] = _missing(dtype)
+    facts = {"shape": list(ids.shape), "dtype": dtype, "data": base64_of(ids), "layout": layout}
+    return facts | describe(trace)
+
+
+def describe(trace: RoutingTrace) -> dict[str, Any]:
+    """What a payload says of a trace beside its ids."""
     return {
-        "shape": list(ids.shape),
-        "dtype": dtype,
-        "data": _base64(ids),
-        "layout": layout,
         "layers": list(trace.layout.layers),
         "num_experts": trace.layout.num_experts,
         "order": trace.order,
         "start": trace.start,
         "num_valid": trace.num_valid,
-        "valid": _base64(np.packbits(trace.valid_T)),
+        "valid": base64_of(np.packbits(trace.valid_T)),
         "token_sha256": trace.token_sha256,
         "weight_spans": [{"start": span.start, "version": span.version} for span in trace.weight_spans],
         "fingerprint": trace.fingerprint,
@@ -165,8 +166,15 @@ def _valid_rows(ids_TLK: np.ndarray, payload: dict[str, Any], num_experts: int) 
     return valid_T
 
 
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode("ascii")
+def base64_of(data: np.ndarray | bytes) -> str:
+    """Base64 of a C-contiguous array's memory or of bytes, piece by piece: encoding one holds up all other threads."""
+    view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+    pieces = (view[first : first + _PIECE] for first in range(0, len(view), _PIECE))
+    return b"".join(base64.b64encode(piece.data) for piece in pieces).decode("ascii")
+
+
+_PIECE = 3 << 19
+"""Bytes, a multiple of 3, so that only the last piece is padded."""
 
 
 def _unpack_valid(text: str, num_rows: int) -> np.ndarray:

@@ -8,7 +8,9 @@
     │   └── MissingRowError        a row is needed that was never captured
     ├── FormatError                bytes or a payload cannot be read as traces
     ├── StoreError                 a store cannot keep or find what it is asked for
-    │   └── QuotaError             it is full
+    │   ├── QuotaError             it is full
+    │   ├── UnknownTraceError      a server does not have what it is asked for, or no more
+    │   └── ArchiveError           what a server keeps traces in has failed
     ├── RouterError                a model's routers cannot be recorded or replayed
     │   ├── NotMoeError            there are none: the model is dense
     │   └── UnsupportedRouterError there are some, but not of a kind that can be tapped safely
@@ -77,6 +79,14 @@ class StoreError(MoetraceError):
 
 class QuotaError(StoreError):
     """A store is full: what it was asked to keep would pass its quota."""
+
+
+class UnknownTraceError(StoreError):
+    """A server does not have the trace it is asked for, or no more."""
+
+
+class ArchiveError(StoreError):
+    """What a server keeps traces in has failed."""
 
 
 class RouterError(MoetraceError):

@@ -9,12 +9,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from moetrace.errors import (
+    ArchiveError,
     DuplicateRequestError,
     EngineError,
     MoetraceError,
     OverloadedError,
     RequestError,
     ShuttingDownError,
+    UnknownTraceError,
     WeightsError,
 )
 
@@ -47,9 +49,11 @@ def handle_errors(app: FastAPI) -> None:
 
 _REPORT = "Its log says where; please report it."
 _STATUS: dict[type[MoetraceError], int] = {
+    UnknownTraceError: 404,
     DuplicateRequestError: 409,
     OverloadedError: 429,
     WeightsError: 400,
+    ArchiveError: 503,
     EngineError: 503,
 }
 

@@ -38,4 +38,7 @@ def serve(app: FastAPI, config: ServerConfig) -> None:
             "Set MOETRACE_API_KEY, or bind 127.0.0.1.",
             config.host,
         )
-    _Server(app, config).run()
+    try:
+        _Server(app, config).run()
+    finally:
+        app.state.archive.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
@@ -16,9 +15,11 @@ from starlette.types import Receive, Scope, Send
 
 from moetrace.engines.base import Engine, GenerateResult, Generation
 from moetrace.errors import MoetraceError
+from moetrace.server.archive import Archive
 from moetrace.server.errors import error_facts
 from moetrace.server.metrics import Metrics
-from moetrace.server.responses import routes_of, token_of, usage_of
+from moetrace.server.payloads import routes_of, to_json
+from moetrace.server.responses import token_of, usage_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import TextStream, Tokenizer
 from moetrace.trace import RoutingTrace
@@ -63,7 +64,12 @@ class Arrivals:
 
 
 async def token_events(
-    engine: Engine, arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
+    engine: Engine,
+    arrivals: Arrivals,
+    parameters: GenerateParameters,
+    tokenizer: Tokenizer | None,
+    metrics: Metrics,
+    archive: Archive,
 ) -> AsyncIterator[bytes]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
@@ -72,7 +78,7 @@ async def token_events(
             if number not in streams:
                 told = metrics.stream(arrivals.began)
                 streams[number] = _SequenceEvents(
-                    number, arrivals.generation.prompt_length, parameters, tokenizer, told
+                    number, arrivals.generation.prompt_length, parameters, tokenizer, archive, told
                 )
             stream = streams[number]
             if result is not None:
@@ -96,10 +102,11 @@ class _SequenceEvents:
         prompt_length: int,
         parameters: GenerateParameters,
         tokenizer: Tokenizer | None,
+        archive: Archive,
         arrived: Callable[[int], None],
     ) -> None:
         self._number, self._prompt_length = number, prompt_length
-        self._parameters, self._tokenizer = parameters, tokenizer
+        self._parameters, self._tokenizer, self._archive = parameters, tokenizer, archive
         self._text = None if tokenizer is None else TextStream(tokenizer, parameters.skip_special_tokens)
         self._sent, self._arrived = 0, arrived
         self._rows, self._rows_at = parameters.routed_experts_start, 0
@@ -119,7 +126,7 @@ class _SequenceEvents:
         events = self._events(tokens, logprobs)
         trace = None if read_routes is None else read_routes(tokens, self._rows)
         if trace is not None and trace.num_rows:
-            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows)
+            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows, self._archive)
             self._rows, self._rows_at = trace.stop, len(tokens)
         return b"".join(_event(event) for event in events)
 
@@ -138,7 +145,7 @@ class _SequenceEvents:
             "output_token_ids": result.output_tokens,
         }
         if result.trace is not None:
-            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
+            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows, self._archive)
         return b"".join(_event(event) for event in [*events, last])
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:
@@ -159,7 +166,7 @@ class _SequenceEvents:
 
 
 def _event(facts: dict[str, Any]) -> bytes:
-    return b"data:" + json.dumps(facts, allow_nan=False).encode() + b"\n\n"
+    return b"data:" + to_json(facts) + b"\n\n"
 
 
 class EventStream(StreamingResponse):
