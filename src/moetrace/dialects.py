@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -39,13 +39,20 @@ def require_id_type(layout: MoeLayout, dtype: IdType) -> None:
         )
 
 
-def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType = "int32") -> dict[str, Any]:
+def to_lightllm(
+    trace: RoutingTrace,
+    *,
+    layout: AxisOrder = "LTK",
+    dtype: IdType = "int32",
+    encode: Callable[[np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
     """LightLLM's payload: `np.frombuffer(b64decode(data), dtype).reshape(shape)` is `[L, T, K]`, or `[T, L, K]`.
 
     Args:
         trace: what to write; `start` and rows are its own.
         layout: order of the axes: "LTK" as in the documented contract, "TLK" as in later LightLLM.
         dtype: type of the ids, little-endian.
+        encode: what `data` is to be instead of base64, from the array.
 
     Raises:
         FormatError: the model's expert ids do not fit `dtype`.
@@ -54,8 +61,8 @@ def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType
     own = trace.experts_TLK if layout == "TLK" else trace.experts_TLK.transpose(1, 0, 2)
     ids = own.astype(np.dtype(dtype).newbyteorder("<"), order="C")
     ids[~trace.valid_T if layout == "TLK" else np.s_[:, ~trace.valid_T]] = _missing(dtype)
-    facts = {"shape": list(ids.shape), "dtype": dtype, "data": base64_of(ids), "layout": layout}
-    return facts | describe(trace)
+    data = base64_of(ids) if encode is None else encode(ids)
+    return {"shape": list(ids.shape), "dtype": dtype, "data": data, "layout": layout, **describe(trace)}
 
 
 def describe(trace: RoutingTrace) -> dict[str, Any]:
@@ -167,10 +174,14 @@ def _valid_rows(ids_TLK: np.ndarray, payload: dict[str, Any], num_experts: int) 
 
 
 def base64_of(data: np.ndarray | bytes) -> str:
-    """Base64 of a C-contiguous array's memory or of bytes, piece by piece: encoding one holds up all other threads."""
+    """Base64 of a C-contiguous array's memory or of bytes."""
+    return b"".join(base64_pieces(data)).decode("ascii")
+
+
+def base64_pieces(data: np.ndarray | bytes) -> Iterator[bytes]:
+    """The same, piece by piece: encoding a piece holds up all other threads."""
     view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-    pieces = (view[first : first + _PIECE] for first in range(0, len(view), _PIECE))
-    return b"".join(base64.b64encode(piece.data) for piece in pieces).decode("ascii")
+    return (base64.b64encode(view[first : first + _PIECE].data) for first in range(0, len(view), _PIECE))
 
 
 _PIECE = 3 << 19

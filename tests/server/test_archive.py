@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -309,3 +310,11 @@ def test_many_threads_never_pass_the_bound_and_never_read_what_is_not_whole(tmp_
     assert 0 < store.most <= 6 * SIZE
     assert archive.state().evicted > 0
     assert_consistent(archive)
+
+
+def test_what_a_server_that_died_left_half_written_does_not_stay(tmp_path: Path) -> None:
+    part = tmp_path / f".left.{'0' * 32}"
+    part.write_bytes(b"half")
+    os.utime(part, (1, 1))
+    archive_of(archive=str(tmp_path))
+    assert not part.exists()

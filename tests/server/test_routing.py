@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -327,6 +328,17 @@ def test_a_directory_serves_references_of_the_server_before(engine, tmp_path) ->
     assert resolve(f"{(tmp_path / digest).as_uri()}.safetensors#{digest}") == [trace]
 
 
+def test_reading_leaves_no_file_open(engine, tmp_path) -> None:
+    client = client_of(engine, archive=str(tmp_path))
+    path = generate(client, [5, 6])["routed_experts"]["reference"]["path"]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    headers: list[dict[str, str]] = [{}, {"Range": "bytes=0-9"}, {"Range": "bytes=99999-"}, {"If-None-Match": "*"}]
+    for each in headers * 5:
+        client.get(path, headers=each)
+        client.head(path, headers=each)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_the_key_guards_traces_and_control(engine) -> None:
     client = client_of(engine, api_key="secret")
     for method, path in (("GET", "/routing"), ("POST", "/routing/stop"), ("GET", "/routing/traces/x")):
@@ -434,7 +446,7 @@ def metric(client: TestClient, name: str) -> float:
 
 
 def test_json_with_long_texts_is_json() -> None:
-    content = {"a": [Plain("xyz"), {"b": Plain("")}, 'q"\\é'], "c": Plain("end"), "d": None}
+    content = {"a": [Plain((b"xy", b"z")), {"b": Plain(())}, 'q"\\é'], "c": Plain((b"end",)), "d": None}
     assert json.loads(to_json(content)) == {"a": ["xyz", {"b": ""}, 'q"\\é'], "c": "end", "d": None}
     for wrong in (float("nan"), object()):
         with pytest.raises((TypeError, ValueError)):

@@ -7,9 +7,11 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moetrace import codecs
 from moetrace.container import BytesSource, Container, TraceHeader
-from moetrace.dialects import base64_of, describe, to_lightllm
+from moetrace.dialects import base64_pieces, describe, to_lightllm
 from moetrace.format import save
 from moetrace.server.archive import Archive
 from moetrace.server.schemas import GenerateParameters
@@ -20,9 +22,14 @@ TRACES = "/routing/traces"
 
 @dataclass(frozen=True)
 class Plain:
-    """Long ASCII text without a character that JSON would escape: base64."""
+    """Long ASCII text, in pieces, without a character that JSON would escape: base64."""
 
-    text: str
+    pieces: tuple[bytes, ...]
+
+    @classmethod
+    def base64(cls, data: np.ndarray | bytes) -> Plain:
+        """The base64 of this."""
+        return cls(tuple(base64_pieces(data)))
 
 
 def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int, archive: Archive) -> dict[str, Any]:
@@ -43,24 +50,27 @@ def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int, a
     if codec is not None:
         data = save(trace, codec=codec)
         header = Container(BytesSource(data)).headers[0]
-        return _described(trace, header) | {"codec": header.codec, "format": "moetrace", "data": Plain(base64_of(data))}
-    payload = to_lightllm(trace, layout=parameters.routed_experts_layout, dtype=parameters.routed_experts_dtype)
-    return payload | {"data": Plain(payload["data"])}
+        return _described(trace, header) | {"codec": header.codec, "format": "moetrace", "data": Plain.base64(data)}
+    layout, dtype = parameters.routed_experts_layout, parameters.routed_experts_dtype
+    return to_lightllm(trace, layout=layout, dtype=dtype, encode=Plain.base64)
 
 
 def to_json(content: Any) -> bytes:
     """JSON of content that may hold `Plain`, which is not searched for what to escape: that would take longest."""
-    texts: list[str] = []
+    texts: list[Plain] = []
     mark = uuid.uuid4().hex  # nobody can have put it into the content
 
     def keep(value: Any) -> str:
         if not isinstance(value, Plain):
             raise TypeError(f"{type(value).__name__} is no JSON")
-        texts.append(value.text)
+        texts.append(value)
         return mark
 
     first, *rest = json.dumps(content, allow_nan=False, default=keep).split(mark)
-    return b"".join([first.encode(), *(part.encode() for pair in zip(texts, rest, strict=True) for part in pair)])
+    parts = [first.encode()]
+    for text, after in zip(texts, rest, strict=True):
+        parts += [*text.pieces, after.encode()]
+    return b"".join(parts)
 
 
 def _described(trace: RoutingTrace, header: TraceHeader) -> dict[str, Any]:
