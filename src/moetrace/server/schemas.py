@@ -15,6 +15,14 @@ _SAMPLING = SamplingParams()
 
 Prompt = str | list[int]
 
+
+def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
+    """The prompts one by one, of one prompt or a list of them."""
+    if isinstance(inputs, list) and any(not isinstance(item, int) for item in inputs):
+        return inputs  # type: ignore[return-value]
+    return [inputs]  # type: ignore[list-item]
+
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
@@ -108,9 +116,7 @@ class GenerateRequest(BaseModel):
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts one by one."""
-        if isinstance(self.inputs, str) or not self.is_batch:
-            return [self.inputs]  # type: ignore[list-item]
-        return self.inputs  # type: ignore[return-value]
+        return prompts_in(self.inputs)
 
     @property
     def is_batch(self) -> bool:
