@@ -15,6 +15,7 @@ from moetrace.server.lifecycle import lifecycle_routes
 from moetrace.server.metrics import Metrics
 from moetrace.server.openai.routes import openai_routes
 from moetrace.server.requests import RequestTable
+from moetrace.server.sglang.routes import sglang_routes
 from moetrace.server.texts import Tokenizer
 
 
@@ -36,6 +37,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: Serve
     generator = Generator(engine, tokenizer, requests, config, metrics)
     app.include_router(generation_routes(generator))
     app.include_router(openai_routes(generator, config.served_model_name or "model"))
+    app.include_router(sglang_routes(generator))
     app.include_router(lifecycle_routes(engine, requests))
 
     @app.get("/metrics", summary="Prometheus metrics")

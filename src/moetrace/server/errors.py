@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from moetrace.errors import (
     DuplicateRequestError,
     EngineError,
+    MissingRowError,
     MoetraceError,
     OverloadedError,
     RequestError,
@@ -51,6 +52,7 @@ def handle_errors(app: FastAPI) -> None:
 
 _REPORT = "Its log says where; please report it."
 _STATUS: dict[type[MoetraceError], int] = {
+    MissingRowError: 500,
     UnknownModelError: 404,
     DuplicateRequestError: 409,
     OverloadedError: 429,
