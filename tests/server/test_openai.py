@@ -176,12 +176,17 @@ def test_models_are_listed_and_found_by_name(client: openai.OpenAI, url: str) ->
 
 
 @pytest.mark.parametrize(
-    ("prompt", "texts"),
-    [("AB", ["CD"]), ([65, 66], ["CD"]), (["AB", "ab"], ["CD", "cd"]), ([[65], [97, 98], [48]], ["BC", "cd", "12"])],
+    ("prompt", "tokens", "texts"),
+    [
+        ("AB", 2, ["CD"]),
+        ([65, 66], 2, ["CD"]),
+        (["AB", "ab"], 4, ["CD", "cd"]),
+        ([[65], [97, 98], [48]], 4, ["BC", "cd", "12"]),
+    ],
 )
 @pytest.mark.parametrize("n", [1, 2])
 def test_every_form_of_prompt_with_its_choices_in_order(
-    client: openai.OpenAI, prompt: Any, texts: list, n: int
+    client: openai.OpenAI, prompt: Any, tokens: int, texts: list[str], n: int
 ) -> None:
     options: Any = {"model": "dyed", "prompt": prompt, "max_tokens": 2, "temperature": 0, "n": n}
     response = client.completions.create(**options)
@@ -190,6 +195,7 @@ def test_every_form_of_prompt_with_its_choices_in_order(
     assert [choice.text for choice in response.choices] == expected
     assert response.usage
     assert response.usage.completion_tokens == 2 * len(expected)
+    assert response.usage.prompt_tokens == tokens  # each prompt counts once
     streamed = [""] * len(expected)
     *chunks, last = client.completions.create(**options, stream=True, stream_options={"include_usage": True})
     for chunk in chunks:

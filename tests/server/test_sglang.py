@@ -149,8 +149,16 @@ def test_a_stream_brings_all_so_far_each_time(client: TestClient) -> None:
 
 
 def test_streams_of_several_sequences_say_which(client: TestClient) -> None:
-    events = stream(client, {"n": 2}, text=["A", "a"], return_routed_experts=True, return_logprob=True)
+    events = stream(client, {"n": 2}, text=["A", "a"], rid="s", return_routed_experts=True, return_logprob=True)
+    assert {(event["index"], event["meta_info"]["id"]) for event in events} == {
+        (0, "s_0"),
+        (1, "s_0"),
+        (2, "s_1"),
+        (3, "s_1"),
+    }
     last = {event["index"]: event for event in events}
+    sizes = stream(client, text=["A", "abc"])
+    assert {(event["index"], event["meta_info"]["prompt_tokens"]) for event in sizes} == {(0, 1), (1, 3)}
     assert [last[index]["text"] for index in range(4)] == ["BCDE", "BCDE", "bcde", "bcde"]
     for index in range(4):
         first = b"AAaa"[index]
