@@ -89,6 +89,8 @@ class OpenAIRequest(BaseModel):
         Raises:
             RequestError: a value is out of range.
         """
+        if max_new_tokens < 1:
+            raise RequestError("max_tokens is out of range", expected="an integer >= 1", got=max_new_tokens)
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             top_p=1.0 if self.top_p is None else self.top_p,
