@@ -29,7 +29,7 @@ def serve(engine: TransformersEngine) -> dict[str, Any]:
         prompt = (prefix if number % 2 else []) + rng.integers(0, 96, int(rng.integers(2, 30))).tolist()
         running.append(engine.submit(prompt, SamplingParams(10, n=1 + number % 2), return_routes=True))
     endless = engine.submit([1, 2, 3], SamplingParams(400), return_routes=True)
-    hot = SamplingParams(20, do_sample=True, temperature=1e6, top_k=5)
+    hot = SamplingParams(20, do_sample=True, temperature=1e6, top_p=0.1)
     running += [engine.submit([7, 8], replace(hot, seed=seed), return_routes=True) for seed in (None, 3)]
     results = [result for generation in running for result in generation.results(120)]
     engine.abort(endless.request_id)
