@@ -256,6 +256,16 @@ def test_sampling_follows_the_temperature(client: openai.OpenAI) -> None:
     assert narrow.choices[0].text == "BCDEFGHIJKLMNOPQ"
 
 
+def test_a_seed_draws_the_same_again(client: openai.OpenAI) -> None:
+    options: Any = {"model": "dyed", "temperature": 100.0, "max_tokens": 8}
+    first, again, other = (
+        client.completions.create(**options, prompt="A", seed=seed).choices[0].text for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    chats = [client.chat.completions.create(**options, messages=USER, seed=7) for _ in range(2)]
+    assert chats[0].choices[0].message.content == chats[1].choices[0].message.content
+
+
 # --- stop texts: not in the output, whole or streamed ---
 
 
@@ -321,7 +331,7 @@ COMPLETIONS: Refused = [
     ({"logprobs": 1}, "logprobs", "chosen tokens only: expected logprobs absent, or 0, got 1"),
     ({"echo": True}, "echo", "'echo' is not supported by this server: expected it absent or False"),
     ({"suffix": "x"}, "suffix", "'suffix' is not supported"),
-    ({"seed": 3}, "seed", "'seed' is not supported"),
+    ({"seed": 2**63}, None, "seed is out of range"),
     ({"presence_penalty": 0.1}, "presence_penalty", "'presence_penalty' is not supported"),
     ({"frequency_penalty": -1}, "frequency_penalty", "'frequency_penalty' is not supported"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "'logit_bias' is not supported"),

@@ -95,6 +95,35 @@ def test_log_probabilities_are_triples(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("new_tokens", [0, 3])
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_the_prompt_is_scored_from_a_position_on(client: TestClient, streamed: bool, new_tokens: int, start) -> None:
+    """On-policy distillation asks a teacher so: no new tokens, log-probabilities from 0 on."""
+    prompt = [65, 66, 67, 10]  # the dye expects 66 and 67, and not 10
+    body: dict[str, Any] = {"input_ids": prompt, "return_logprob": True, "logprob_start_len": start}
+    body["return_routed_experts"] = True
+    sampling = {"max_new_tokens": new_tokens}
+    output = stream(client, sampling, **body)[-1] if streamed else generate(client, sampling, **body)
+    meta = output["meta_info"]
+    assert meta["finish_reason"] == {"type": "length", "length": new_tokens}
+    assert output["output_ids"] == [11, 12, 13][:new_tokens]
+    likely = [None, True, True, False][start:]
+    logprobs = [logprob for logprob, _, _ in meta["input_token_logprobs"]]
+    assert [token for _, token, _ in meta["input_token_logprobs"]] == prompt[start:]
+    assert [None if logprob is None else logprob > -1e-3 for logprob in logprobs] == likely
+    tokens = [*prompt, *output["output_ids"]]
+    np.testing.assert_array_equal(as_a_trainer_reads_it(output, prompt)[:, 1:], DYE.routes(tokens[:-1]))
+
+
+def test_a_seed_draws_the_same_again(client: TestClient) -> None:
+    hot = {"temperature": 100.0, "max_new_tokens": 8}
+    first, again, other = (
+        generate(client, {**hot, "sampling_seed": seed}, input_ids=[65])["output_ids"] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_every_row_is_where_a_trainer_looks_for_it(client: TestClient, streamed: bool, start: int) -> None:
     prompt = [7, 200, 65]
@@ -239,7 +268,12 @@ def test_what_slime_sends_is_accepted(client: TestClient) -> None:
         ({"text": []}, 400, "the prompt is empty"),
         ({"input_ids": [260]}, 400, "token id at position 0 is out of range"),
         ({"text": "A", "top_logprobs_num": 2}, 400, "'top_logprobs_num' is not supported by this server"),
-        ({"text": "A", "return_logprob": True, "logprob_start_len": 0}, 400, "'logprob_start_len' is not supported"),
+        (
+            {"text": "A", "return_logprob": True, "logprob_start_len": 2},
+            400,
+            "logprob_start_len is out of range: expected 0 <= start <= 1 prompt tokens, got 2",
+        ),
+        ({"text": "A", "sampling_params": {"max_new_tokens": 0}}, 400, "nothing is to be generated"),
         ({"text": "A", "image_data": ["x"]}, 400, "'image_data' is not supported"),
         ({"text": "A", "lora_path": "x"}, 400, "'lora_path' is not supported"),
         ({"text": "A", "return_hidden_states": True}, 400, "'return_hidden_states' is not supported"),
@@ -267,7 +301,7 @@ def test_what_slime_sends_is_accepted(client: TestClient) -> None:
                 ({"stream_interval": 0}, 422, "stream_interval is wrong"),
                 ({"min_p": 0.1}, 400, "'min_p' is not supported"),
                 ({"repetition_penalty": 1.1}, 400, "'repetition_penalty' is not supported"),
-                ({"sampling_seed": 3}, 400, "'sampling_seed' is not supported"),
+                ({"sampling_seed": 2**63}, 400, "seed is out of range"),
                 ({"json_schema": "{}"}, 400, "'json_schema' is not supported"),
                 ({"custom_params": {"return_top_p_token_ids": True}}, 400, "'custom_params' is not supported"),
                 ({"max_tokens": 3}, 400, "parameter 'max_tokens' is unknown: expected custom_params, ebnf"),

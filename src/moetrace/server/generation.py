@@ -43,17 +43,24 @@ class Generator:
             EngineError: the engine has stopped.
         """
         parameters, routes = request.parameters, request.parameters.return_routed_experts
+        scores = parameters.return_prompt_logprobs
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
-        self.check(prompts, sampling, routes)
+        self.check(prompts, sampling, routes, scores)
         for prompt in prompts:
             _check_routing(self.engine, len(prompt), parameters)
-        self.queue(prompts, sampling, running, routes, on_progress)
+        self.queue(prompts, sampling, running, routes, scores, on_progress)
 
-    def check(self, prompts: Sequence[list[int]], sampling: SamplingParams, return_routes: bool) -> None:
+    def check(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
+    ) -> None:
         """Raise `RequestError` unless all prompts can be served as asked."""
         for prompt in prompts:
             self._check_length(len(prompt))
-            check_request(self.engine, prompt, sampling, return_routes)
+            check_request(self.engine, prompt, sampling, return_routes, return_prompt_logprobs)
 
     def queue(
         self,
@@ -61,13 +68,20 @@ class Generator:
         sampling: SamplingParams,
         running: Running,
         return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         """Queue prompts that were checked. Progress is told by the number of a sequence among those of all prompts."""
         for number, prompt in enumerate(prompts):  # if one fails after all, leaving `running` aborts the others
             told = on_progress and _counted_from(number * sampling.n, on_progress)
             running.generations.append(
-                self.engine.submit(prompt, sampling, return_routes=return_routes, on_progress=told)
+                self.engine.submit(
+                    prompt,
+                    sampling,
+                    return_routes=return_routes,
+                    return_prompt_logprobs=return_prompt_logprobs,
+                    on_progress=told,
+                )
             )
 
     async def results(self, running: Running, http: Request) -> list[list[GenerateResult]]:

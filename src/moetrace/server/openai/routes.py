@@ -73,7 +73,7 @@ def openai_routes(generator: Generator, model_name: str) -> APIRouter:
         sampling: SamplingParams,
         logprobs: bool,
     ) -> HTTPResponse:
-        generator.check(prompts, sampling, False)
+        generator.check(prompts, sampling)
         response = Response(shape, model_name, tokenizer, sampling.stop, logprobs)
         with ExitStack() as opened:
             running = opened.enter_context(generator.requests.open(http.state.request_id, len(prompts) * sampling.n))

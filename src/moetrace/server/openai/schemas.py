@@ -27,7 +27,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
-    "seed": (None,),
 }
 
 
@@ -49,6 +48,7 @@ class OpenAIRequest(BaseModel):
     n: int | None = Field(1, description="sequences to generate from each prompt")
     temperature: float | None = Field(1.0, description="divides the logits, 0.001 to 1000000; 0 is greedy")
     top_p: float | None = Field(1.0, description="nucleus, in (0, 1]")
+    seed: int | None = Field(None, description="what is drawn; null: by chance")
     stop: str | list[str] | None = Field(None, description="texts that end a sequence; the output is without them")
     stream: bool | None = Field(False, description="answer with server-sent events")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
@@ -95,6 +95,7 @@ class OpenAIRequest(BaseModel):
             max_new_tokens=max_new_tokens,
             top_p=1.0 if self.top_p is None else self.top_p,
             n=1 if self.n is None else self.n,
+            seed=self.seed,
             stop=self.stops,
             **by_temperature(1.0 if self.temperature is None else self.temperature),
         )

@@ -56,6 +56,7 @@ class Writer:
             "weight_version": result.weight_version,
             "e2e_latency": time.perf_counter() - self.began,
             **(self._routes(result) if self.request.return_routed_experts else {}),
+            **({"input_token_logprobs": self._of_prompt(result)} if self.request.return_logprob else {}),
         }
         return facts
 
@@ -85,9 +86,16 @@ class Writer:
         }
         if self.request.return_logprob:
             pairs = zip(tokens, logprobs, strict=True)
-            meta["input_token_logprobs"] = []  # only from logprob_start_len on, and the default is after the prompt
             meta["output_token_logprobs"] = [[logprob, token, self._text_of(token)] for token, logprob in pairs]
         return meta
+
+    def _of_prompt(self, result: GenerateResult) -> list[list[Any]]:
+        """Log-probability, id and text of the prompt's tokens from `logprob_start_len` on; the first has null."""
+        first = self.request.first_logprob
+        if first is None or result.prompt_logprobs is None:
+            return []
+        pairs = list(zip(result.prompt_logprobs, result.prompt_tokens, strict=True))[first:]
+        return [[logprob, token, self._text_of(token)] for logprob, token in pairs]
 
     def _text_of(self, token: int) -> str | None:
         if self.tokenizer is None or not self.request.return_text_in_logprobs:
@@ -98,7 +106,8 @@ class Writer:
         """The rows asked for; null for an aborted sequence that was ended before all were computed."""
         trace, start = result.trace, self.request.routed_experts_start_len
         assert trace is not None
-        rows = trace.slice(min(start, trace.stop), trace.stop)
+        stop = min(trace.stop, trace.num_tokens - 1)  # SGLang has no row of the last token, of a scored prompt neither
+        rows = trace.slice(min(start, stop), stop)
         return {"routed_experts": self._payload(rows, result), "routed_experts_start_len": start}
 
     def _payload(self, rows: RoutingTrace, result: GenerateResult) -> str | None:

@@ -46,17 +46,19 @@ def sglang_routes(generator: Generator) -> APIRouter:
         request.check()
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, True, generator.tokenizer)
         sampling = request.sampling(engine.max_model_len - max(map(len, prompts), default=0))
-        generator.check(prompts, sampling, request.return_routed_experts)
+        routes, scores = request.return_routed_experts, request.first_logprob is not None
+        generator.check(prompts, sampling, routes, scores)
         for prompt in prompts:
-            _check_start(request.routed_experts_start_len, len(prompt))
+            _check_start("routed_experts_start_len", request.routed_experts_start_len, len(prompt))
+            _check_start("logprob_start_len", request.first_logprob or 0, len(prompt))
         request_id = request.rid or http.state.request_id
         writer = Writer(request, sampling, request_id, generator.tokenizer, engine.num_layers)
         with ExitStack() as opened:
             running = opened.enter_context(requests.open(request_id, len(prompts) * sampling.n))
-            queue = partial(generator.queue, prompts, sampling, running, request.return_routed_experts)
+            queue = partial(generator.queue, prompts, sampling, running, routes, scores)
             if request.stream:
                 arrivals = Arrivals()
-                queue(arrivals.on_progress)
+                queue(on_progress=arrivals.on_progress)
                 for generation in running.generations:
                     arrivals.expect(generation)
                 lengths = [len(prompt) for prompt in prompts]
@@ -105,13 +107,10 @@ def sglang_routes(generator: Generator) -> APIRouter:
     return router
 
 
-def _check_start(start: int, prompt_length: int) -> None:
+def _check_start(name: str, start: int, prompt_length: int) -> None:
     if not 0 <= start <= prompt_length:
         raise RequestError(
-            "routed_experts_start_len is out of range",
-            expected=f"0 <= start <= {prompt_length} prompt tokens",
-            got=start,
-            fix="Pass how many rows of the conversation you have: prompt + output - 1 of the turn before.",
+            f"{name} is out of range", expected=f"0 <= start <= {prompt_length} prompt tokens", got=start, param=name
         )
 
 

@@ -24,7 +24,6 @@ _SAMPLING_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "regex": (None,),
     "repetition_penalty": (None, 1),
-    "sampling_seed": (None,),
     "stop_regex": (None, [], ""),
     "structural_tag": (None,),
 }
@@ -38,7 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "custom_logit_processor": (None,),
     "image_data": (None, []),
     "input_embeds": (None,),
-    "logprob_start_len": (None, -1),
     "lora_path": (None,),
     "max_thinking_tokens": (None,),
     "mm_hashes": (None,),
@@ -78,12 +76,15 @@ class SGLangSampling(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    max_new_tokens: int | None = Field(128, description="most tokens to generate; null: the rest of the window")
+    max_new_tokens: int | None = Field(
+        128, description="most tokens to generate; null: the rest of the window; 0 scores the prompt"
+    )
     min_new_tokens: int | None = Field(0, description="fewest tokens to generate")
     temperature: float | None = Field(1.0, description="divides the logits; 0 is greedy")
     top_p: float | None = Field(1.0, description="nucleus, in (0, 1]")
     top_k: int | None = Field(-1, description="most likely tokens to draw from; -1 means all")
     n: int | None = Field(1, description="sequences to generate from each prompt")
+    sampling_seed: int | None = Field(None, description="what is drawn; null: by chance")
     stop: str | list[str] | None = Field(None, description="texts that end a sequence")
     stop_token_ids: list[int] | None = Field(None, description="tokens that end a sequence")
     ignore_eos: bool | None = Field(False, description="go on after an end-of-sequence token")
@@ -101,6 +102,9 @@ class SGLangRequest(BaseModel):
     input_ids: list[int] | list[list[int]] | None = Field(None, description="the prompt's token ids, or a list of such")
     sampling_params: SGLangSampling | None = Field(None, description="how to generate")
     return_logprob: bool | None = Field(False, description="return meta_info.output_token_logprobs")
+    logprob_start_len: int | None = Field(
+        -1, description="position of the first prompt token in meta_info.input_token_logprobs; -1: none"
+    )
     return_text_in_logprobs: bool = Field(False, description="with the text of each token")
     stream: bool = Field(False, description="answer with server-sent events")
     rid: str | None = Field(None, description="the request's id, to abort it by; default: its X-Request-Id")
@@ -111,6 +115,11 @@ class SGLangRequest(BaseModel):
     def sampling_params_given(self) -> SGLangSampling:
         """The sampling part, or its defaults."""
         return self.sampling_params or SGLangSampling.model_construct()
+
+    @property
+    def first_logprob(self) -> int | None:
+        """Position of the first prompt token whose log-probability is wanted."""
+        return None if self.logprob_start_len == -1 or not self.return_logprob else self.logprob_start_len
 
     @property
     def is_list(self) -> bool:
@@ -161,6 +170,7 @@ class SGLangRequest(BaseModel):
             top_p=1.0 if given.top_p is None else given.top_p,
             top_k=-1 if given.top_k is None else given.top_k,
             n=self.n,
+            seed=given.sampling_seed,
             stop=(given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ()),
             stop_token_ids=tuple(given.stop_token_ids or ()),
             ignore_eos=bool(given.ignore_eos),
