@@ -43,13 +43,16 @@ class Generator:
             EngineError: the engine has stopped.
         """
         parameters, routes = request.parameters, request.parameters.return_routed_experts
+        scores = parameters.return_prompt_logprobs
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
         for prompt in prompts:
             self._check_length(len(prompt))
-            check_request(self.engine, prompt, sampling, routes)
+            check_request(self.engine, prompt, sampling, routes, scores)
             _check_routing(self.engine, len(prompt), parameters)
         for prompt in prompts:  # if one fails after all, leaving `running` aborts the others
-            generation = self.engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress)
+            generation = self.engine.submit(
+                prompt, sampling, return_routes=routes, return_prompt_logprobs=scores, on_progress=on_progress
+            )
             running.generations.append(generation)
 
     def _check_length(self, length: int) -> None:

@@ -137,6 +137,8 @@ class _SequenceEvents:
             "prompt_token_ids": result.prompt_tokens,
             "output_token_ids": result.output_tokens,
         }
+        if result.prompt_logprobs is not None:
+            last["prompt_logprobs"] = result.prompt_logprobs
         if result.trace is not None:
             last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
         return b"".join(_event(event) for event in [*events, last])
