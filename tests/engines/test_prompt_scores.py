@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from dye import Dye
 from tapped import NAMES
 from test_transformers_engine import CAPTURE, TINY, assert_dyed
@@ -280,6 +281,13 @@ def test_every_familys_head_runs_alone_as_after_its_body(name: str) -> None:
     if model.base_model is model or not model._supports_logits_to_keep():
         pytest.skip("refused by name")
     ids = torch.randint(3, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except TypeError as error:
+        if transformers.__version__ != "5.17.0":
+            raise
+        pytest.skip(f"the model itself does not run so in this release ({error})")
     with torch.no_grad(), keeping_outputs(model.base_model) as outputs:
         logits = model(input_ids=ids, use_cache=False).logits[0].double()
         (output,) = outputs
