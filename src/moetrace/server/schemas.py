@@ -31,6 +31,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """LightLLM parameters that this server does not have, and the values under which that makes no difference."""
 
+_WITHOUT_PENALTIES = "Leave it out: a step begins before the tokens of the last one are known, which it would penalise."
+
 _UNSEEDED = -1
 
 
@@ -82,7 +84,7 @@ class GenerateParameters(BaseModel):
                     f"parameter {name!r} is not supported by this server",
                     expected=f"it absent, or {_NEUTRAL[name][0]!r}",
                     got=repr(value),
-                    fix="Leave it out; temperature, top_p, top_k and min_new_tokens are what a request can ask for.",
+                    fix=_WITHOUT_PENALTIES if name.endswith("_penalty") else "Leave it out.",
                 )
         if self.best_of not in (None, self.n):
             raise RequestError(
