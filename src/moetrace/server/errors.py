@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -42,7 +44,8 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse_http(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, RequestError(f"the request cannot be served ({error.detail})"))
+        refusal = RequestError(f"the request cannot be served ({error.detail})")
+        return error_response(error.status_code, refusal, error.headers)
 
 
 _REPORT = "Its log says where; please report it."
@@ -54,7 +57,7 @@ _STATUS: dict[type[MoetraceError], int] = {
 }
 
 
-def error_response(status: int, error: MoetraceError, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(status: int, error: MoetraceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error as clients get it."""
     return JSONResponse({"error": error_facts(error)}, status, headers)
 

@@ -15,7 +15,7 @@ _SAMPLING = SamplingParams()
 
 Prompt = str | list[int]
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
@@ -60,16 +60,16 @@ class GenerateParameters(BaseModel):
             RequestError: a value is out of range, or a parameter is unknown, not supported or contradicts another.
         """
         for name, value in (self.model_extra or {}).items():
-            if name not in _NEUTRAL:
+            if name not in NEUTRAL:
                 raise RequestError(
                     f"parameter {name!r} is unknown",
-                    expected=", ".join(sorted({*type(self).model_fields, *_NEUTRAL})),
+                    expected=", ".join(sorted({*type(self).model_fields, *NEUTRAL})),
                     got=name,
                 )
-            if value not in _NEUTRAL[name]:
+            if value not in NEUTRAL[name]:
                 raise RequestError(
                     f"parameter {name!r} is not supported by this server",
-                    expected=f"it absent, or {_NEUTRAL[name][0]!r}",
+                    expected=f"it absent, or {NEUTRAL[name][0]!r}",
                     got=repr(value),
                     fix="Start the server with --seed." if name == "seed" else None,
                 )
