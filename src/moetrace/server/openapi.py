@@ -69,7 +69,7 @@ class StreamToken(Token):
 
 @_closed
 class Span(TypedDict):
-    """From position `start` on, rows were computed with these weights."""
+    """From row `start` of these on, they were computed with weights of this version."""
 
     start: int
     version: str
