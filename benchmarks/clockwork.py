@@ -3,8 +3,8 @@
     python benchmarks/clockwork.py --port 8000
 
 What remains is the real server, over real HTTP. `benchmarks/server.py long` uses it to see how a very long sequence
-leaves, and what others feel of it. `POST /watched` returns what was seen since the last time: when each event of a stream
-was sent, when whole answers were finished and sent, and how late the event loop woke up.
+leaves, and what others feel of it. `POST /watched` returns what was seen since the last time: when each event of a
+stream was sent, when whole answers were finished and sent, and how late the event loop woke up.
 
 Axes: T rows, L MoE layers, K experts per token.
 """
@@ -149,7 +149,7 @@ class Watch:
                 now = time.perf_counter()
                 if path == "/generate_stream" and message.get("body"):
                     self._seen["events"].append((number, now))
-                elif path == "/generate" and not message.get("more_body"):
+                elif path == "/generate":
                     self._seen["sent"].append(now)
 
         await self._app(scope, receive, send_noted)

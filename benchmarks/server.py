@@ -3,10 +3,10 @@
     python benchmarks/server.py load --out benchmarks/results/server-load.json
     python benchmarks/server.py long --out benchmarks/results/server-long.json
 
-`load` starts `moetrace serve` on the tiny model and sends it 1, 2, 4, ... 512 requests at a time from this process, half
-of them streams, without routes and with, in alternating rounds. `long` starts `benchmarks/clockwork.py`, a server whose
-engine emits tokens by the clock, keeps 16 streams open, and lets sequences of 32k tokens end among them, in every form
-that routes can have, in turn. Times are milliseconds; percentiles are over all rounds.
+`load` starts `moetrace serve` on the tiny model and sends it 1, 2, 4, ... 512 requests at a time from this process,
+half of them streams, without routes and with, in alternating rounds. `long` starts `benchmarks/clockwork.py`, a server
+whose engine emits tokens by the clock, keeps 16 streams open, and lets sequences of 32k tokens end among them, in every
+form that routes can have, in turn. Times are milliseconds; percentiles are over all rounds.
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each request of `load`")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.part == "load":
-        results = load(args)
-    else:
-        results = asyncio.run(long(args.rounds or 15))
+    results = load(args) if args.part == "load" else asyncio.run(long(args.rounds or 15))
     record = {
         "command": shlex.join(["python", "benchmarks/server.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -174,7 +171,7 @@ async def whole(client: httpx.AsyncClient, body: Figures, figures: Figures) -> N
 
 async def stream(client: httpx.AsyncClient, body: Figures, figures: Figures) -> None:
     """A stream: to its first token, and between tokens."""
-    last, first, data = time.perf_counter(), True, b""
+    last, first, rest = time.perf_counter(), True, b""
     async with client.stream("POST", "/generate_stream", json=body) as response:
         async for data in response.aiter_bytes():
             now = time.perf_counter()
@@ -239,7 +236,7 @@ async def long(rounds: int) -> Figures:
     report: Figures = {"tokens": LONG_TOKENS, "shape": "48 x 8 of 128", "streams": STREAMS, "tick_ms": 10}
     for name, of_form in trials.items():
         facts = {"body_mb": round(statistics.median(trial["bytes"] for trial in of_form) / 1e6, 2)}
-        for key in ("trace_ms", "server_ms", "client_ms"):
+        for key in ("trace_ms", "first_byte_ms", "last_byte_ms", "client_ms"):
             values = [trial[key] for trial in of_form if key in trial]
             facts |= {key: percentiles(values, 1) if values else None}
         for key in ("before", "submitting", "finishing"):
@@ -269,8 +266,8 @@ async def trial_of(client: httpx.AsyncClient, port: int, parameters: Figures) ->
     ready, built = seen["finished"][-1] if seen["finished"] else (seen["sent"][-1] - 0.01, None)
     figures: Figures = {"bytes": num_bytes}
     if built is not None:
-        figures["trace_ms"], figures["server_ms"] = built - ready, seen["sent"][-1] - ready
-        figures["client_ms"] = answered - ready
+        figures["trace_ms"], figures["first_byte_ms"] = built - ready, seen["sent"][0] - ready
+        figures["last_byte_ms"], figures["client_ms"] = seen["sent"][-1] - ready, answered - ready
     windows = {"before": (began - SETTLE, began), "submitting": (began, ready), "finishing": (ready, answered + 0.03)}
     for name, (first, last) in windows.items():
         figures[name] = {

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
+from moetrace.server.bodies import BodyResponse
 from moetrace.server.config import ServerConfig
 from moetrace.server.metrics import Metrics
 from moetrace.server.openapi import ErrorResponse, GenerateResponse, StreamEvent, answer, errors
@@ -85,7 +86,7 @@ def generation_routes(generator: Generator) -> APIRouter:
                 metrics.finished(sequences)
             http.state.facts = _facts(results)
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
-        return Response(body, media_type="application/json")
+        return BodyResponse(body)
 
     @router.post(
         "/generate_stream",

@@ -115,4 +115,4 @@ class GenerateRequest(BaseModel):
     @property
     def is_batch(self) -> bool:
         """Whether `inputs` is a list of prompts, and the response a list too."""
-        return isinstance(self.inputs, list) and any(not isinstance(item, int) for item in self.inputs)
+        return isinstance(self.inputs, list) and self.inputs != [] and not isinstance(self.inputs[0], int)
