@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -47,7 +49,7 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
         refusal = RequestError(f"the request cannot be served ({error.detail})")
-        return error_response(error.status_code, refusal, path=request.url.path)
+        return error_response(error.status_code, refusal, error.headers, path=request.url.path)
 
 
 _REPORT = "Its log says where; please report it."
@@ -62,7 +64,7 @@ _STATUS: dict[type[MoetraceError], int] = {
 
 
 def error_response(
-    status: int, error: MoetraceError, headers: dict[str, str] | None = None, *, path: str = ""
+    status: int, error: MoetraceError, headers: Mapping[str, str] | None = None, *, path: str = ""
 ) -> JSONResponse:
     """An error as clients of `path` get it."""
     if path.startswith("/v1/"):

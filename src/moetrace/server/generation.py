@@ -14,8 +14,10 @@ from fastapi.responses import Response
 from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
+from moetrace.server.bodies import BodyResponse
 from moetrace.server.config import ServerConfig
 from moetrace.server.metrics import Metrics
+from moetrace.server.openapi import ErrorResponse, GenerateResponse, StreamEvent, answer, errors
 from moetrace.server.requests import RequestTable, Running
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
@@ -108,7 +110,13 @@ def generation_routes(generator: Generator) -> APIRouter:
     router = APIRouter()
     tokenizer, requests, metrics = generator.tokenizer, generator.requests, generator.metrics
 
-    @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
+    refusals = errors(400, 409, 413, 422, 429, 503)
+
+    @router.post(
+        "/generate",
+        summary="Generate from one prompt, or several (LightLLM's contract)",
+        responses=answer(GenerateResponse | list[GenerateResponse]) | refusals,
+    )
     async def generate(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
@@ -120,9 +128,15 @@ def generation_routes(generator: Generator) -> APIRouter:
             await generator.submit(request, sampling, running)
             results = await generator.results(running, http)
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
-        return Response(body, media_type="application/json")
+        return BodyResponse(body)
 
-    @router.post("/generate_stream", summary="Generate from one prompt; tokens come as server-sent events")
+    @router.post(
+        "/generate_stream",
+        summary="Generate from one prompt; tokens come as server-sent events",
+        status_code=200,
+        response_class=EventStream,
+        responses=answer(StreamEvent | ErrorResponse) | refusals,
+    )
     async def generate_stream(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
