@@ -1,0 +1,196 @@
+"""Both clients against the real server, whose tokens and routes are known in closed form."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from asking import DYE, Asker
+from serving import free_port, serving
+from traces import refused
+
+from moetrace import AsyncClient, Client
+from moetrace.client import Completion
+from moetrace.client.calls import Calls
+from moetrace.engines.transformers import TransformersEngine
+from moetrace.errors import DuplicateRequestError, RequestError, UnreachableError, WeightsError
+from moetrace.server import create_app
+from moetrace.server.config import ServerConfig
+
+
+def assert_dyed(completion: Completion, start: int = 0) -> None:
+    """Tokens and rows are those of the closed form."""
+    assert completion.tokens == DYE.continuation(completion.prompt_tokens[-1], len(completion.tokens))
+    assert completion.trace is not None
+    tokens = completion.prompt_tokens + completion.tokens
+    np.testing.assert_array_equal(completion.trace.experts_TLK, DYE.routes(tokens[:-1])[start:])
+    assert completion.trace.valid_T.all()
+    np.testing.assert_array_equal(completion.trace.tokens, tokens)
+
+
+def test_one_prompt(ask: Asker, url: str) -> None:
+    (completion,) = ask(url, "generate", "ABC", max_new_tokens=4, codec=None)
+    assert (completion.text, completion.prompt_tokens, completion.finish_reason) == ("DEFG", [65, 66, 67], "length")
+    assert completion.weight_version == "0"
+    assert len(completion.logprobs) == 4
+    assert all(-1e-3 < logprob <= 0 for logprob in completion.logprobs)
+    assert_dyed(completion)
+
+
+def test_several_prompts_and_sequences(ask: Asker, url: str) -> None:
+    prompts = ["AB", [10, 20], np.array([7])]
+    completions = ask(url, "generate", prompts, n=2, max_new_tokens=3, codec=None, logprobs=False)
+    assert [(c.prompt_number, c.index) for c in completions] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [c.tokens for c in completions] == [[67, 68, 69]] * 2 + [[21, 22, 23]] * 2 + [[8, 9, 10]] * 2
+    for completion in completions:
+        assert completion.logprobs is None
+        assert_dyed(completion)
+
+
+def test_turns_join_and_stops_stop(ask: Asker, url: str) -> None:
+    (first,) = ask(url, "generate", "AB", max_new_tokens=9, stop="EF", codec=None)
+    assert (first.text, first.finish_reason) == ("CDEF", "stop")
+    prompt = [*first.prompt_tokens, *first.tokens, 7]
+    (second,) = ask(url, "generate", prompt, start=first.trace.stop, stop_token_ids=[10], codec=None)
+    assert second.tokens == [8, 9, 10]
+    assert_dyed(second, start=first.trace.stop)
+    whole = first.trace.concat(second.trace)
+    np.testing.assert_array_equal(whole.experts_TLK, DYE.routes([*prompt, 8, 9]))
+
+
+def test_without_routes(ask: Asker, url: str) -> None:
+    (completion,) = ask(url, "generate", "A", routes=False, max_new_tokens=2)
+    assert (completion.text, completion.trace) == ("BC", None)
+    with refused(RequestError, "none were asked for", got=3):
+        ask(url, "generate", "A", routes=False, start=3)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("every", [0, 3, 7])
+@pytest.mark.parametrize("prompt", ["ABC", [65, 66, 67]])
+def test_a_stream_brings_tokens_and_ends_with_all_rows(ask: Asker, url: str, prompt: Any, every: int, n: int) -> None:
+    events = ask(url, "stream", prompt, n=n, every=every, start=1, max_new_tokens=40, codec=None)
+    for index in range(n):
+        own = [event for event in events if event.index == index]
+        assert [event.completion is not None for event in own] == [False] * 39 + [True]
+        completion = own[-1].completion
+        assert [event.token for event in own] == completion.tokens
+        assert "".join(event.text for event in own) == completion.text == "".join(map(chr, range(68, 108)))
+        assert [event.logprob for event in own] == completion.logprobs
+        assert (completion.index, completion.finish_reason, completion.weight_version) == (index, "length", "0")
+        assert_dyed(completion, start=1)
+
+
+def test_a_stream_has_one_prompt(ask: Asker, url: str) -> None:
+    with refused(RequestError, "a stream has one prompt", got=2):
+        ask(url, "stream", ["a", "b"])
+    with refused(RequestError, "does not fit the model's window"):
+        ask(url, "stream", "a", max_new_tokens=10_000)
+
+
+def test_who_stops_listening_ends_the_request(url: str) -> None:
+    with Client(url) as client:
+        with closing(client.stream("A", max_new_tokens=400, request_id="leaver")) as events:
+            assert next(events).token == 66
+        deadline = time.monotonic() + 30
+        while client.abort("leaver"):
+            assert time.monotonic() < deadline
+
+
+def test_a_cancelled_call_ends_the_request(url: str, dyed: tuple[TransformersEngine, Any]) -> None:
+    async def scenario() -> None:
+        async with AsyncClient(url) as client:
+            await client.pause()
+            try:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.generate("A", request_id="cancelled"), 0.3)
+            finally:
+                await client.resume()
+            async with asyncio.timeout(30):
+                while await client.abort("cancelled"):
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
+def test_control(ask: Asker, url: str, tmp_path: Any) -> None:
+    model = ask(url, "model")
+    assert (model.layout.layers, model.layout.num_experts, model.layout.top_k) == ((1, 2, 3), 32, 4)
+    assert (model.weight_version, model.window, model.vocab_size, model.paused) == ("0", 512, 260, False)
+    assert ask(url, "health")
+    assert ask(url, "ready")
+    assert ask(url, "pause") is None
+    assert not ask(url, "ready")
+    assert ask(url, "model").paused
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ask, url, "generate", "A", request_id="waits", codec=None)
+        while not ask(url, "abort", "waits", "nobody"):
+            time.sleep(0.01)
+        (completion,) = waiting.result(30)
+    assert (completion.tokens, completion.finish_reason) == ([], "abort")
+    assert ask(url, "resume") is None
+    assert ask(url, "abort") == []
+    with refused(WeightsError, ""):
+        ask(url, "update_weights", str(tmp_path / "nothing"), "1")
+
+
+def test_an_id_that_another_request_has_is_refused_at_once(ask: Asker, url: str) -> None:
+    with Client(url) as client, closing(client.stream("A", max_new_tokens=400, request_id="mine")) as events:
+        next(events)
+        with refused(DuplicateRequestError, "'mine' is under way"):
+            ask(url, "generate", "A", request_id="mine")
+
+
+def test_keys_limits_and_addresses(ask: Asker, dyed: tuple[TransformersEngine, Any]) -> None:
+    config = ServerConfig(api_key="secret", max_sequences=2)
+    with serving(create_app(*dyed, config)) as url:
+        with refused(RequestError, "the API key is missing or wrong"):
+            ask(url, "model")
+        key: dict[str, Any] = {"api_key": "secret"}
+        assert ask(f"{url}/", "model", client=key).window == 512
+        assert ask(url, "generate", "A", codec=None, max_new_tokens=1, client=key)[0].text == "B"
+        with refused(RequestError, "asks for more sequences than the server takes"):
+            ask(url, "generate", "A", n=3, client=key)
+    with refused(UnreachableError, "cannot be reached at GET /model", got="Connect"):
+        ask(f"http://127.0.0.1:{free_port()}", "model", client={"retries": 0})
+    for wrong in ("localhost:8000", "ftp://x", "", "http://"):
+        with refused(RequestError, "the URL cannot be used"):
+            ask(wrong, "model")
+    with refused(RequestError, "the request id cannot be sent"):
+        ask(url, "generate", "A", request_id="a b")
+
+
+def test_silence_ends_at_the_timeout(ask: Asker, url: str) -> None:
+    ask(url, "pause")
+    try:
+        began = time.monotonic()
+        with refused(UnreachableError, "gave no whole answer", got="ReadTimeout"):
+            ask(url, "generate", "A", client={"timeout": 0.5})
+        assert 0.4 < time.monotonic() - began < 5
+    finally:
+        ask(url, "resume")
+
+
+def test_an_async_client_needs_no_network(dyed: tuple[TransformersEngine, Any]) -> None:
+    async def scenario() -> list[Completion]:
+        transport = httpx.ASGITransport(create_app(*dyed))
+        async with AsyncClient("http://in.process", transport=transport) as client:
+            return await client.generate("A", max_new_tokens=2, codec=None)
+
+    assert_dyed(*asyncio.run(scenario()))
+
+
+def test_both_clients_have_every_call_with_its_documentation() -> None:
+    calls = {name for name, _ in inspect.getmembers(Calls, inspect.isfunction) if not name.startswith("_")}
+    for kind in (Client, AsyncClient):
+        assert {name for name in vars(kind) if not name.startswith("_")} == calls | {"close"}
+        for name in calls:
+            assert inspect.getdoc(getattr(kind, name)) == inspect.getdoc(getattr(Calls, name))
+            assert inspect.signature(getattr(kind, name)) == inspect.signature(getattr(Calls, name))
