@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from asking import DYE, Asker
+from asking import DYE, Asker, assert_dyed, dyed_engine
 from serving import free_port, serving
 from traces import refused
 
@@ -24,15 +25,24 @@ from moetrace.errors import DuplicateRequestError, RequestError, UnreachableErro
 from moetrace.server import create_app
 from moetrace.server.config import ServerConfig
 
+Dyed = tuple[TransformersEngine, Any]
 
-def assert_dyed(completion: Completion, start: int = 0) -> None:
-    """Tokens and rows are those of the closed form."""
-    assert completion.tokens == DYE.continuation(completion.prompt_tokens[-1], len(completion.tokens))
-    assert completion.trace is not None
-    tokens = completion.prompt_tokens + completion.tokens
-    np.testing.assert_array_equal(completion.trace.experts_TLK, DYE.routes(tokens[:-1])[start:])
-    assert completion.trace.valid_T.all()
-    np.testing.assert_array_equal(completion.trace.tokens, tokens)
+
+@pytest.fixture(params=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Asker:
+    return Asker(request.param)
+
+
+@pytest.fixture(scope="module")
+def dyed() -> Iterator[Dyed]:
+    with dyed_engine() as dyed:
+        yield dyed
+
+
+@pytest.fixture(scope="module")
+def url(dyed: Dyed) -> Iterator[str]:
+    with serving(create_app(*dyed)) as url:
+        yield url
 
 
 def test_one_prompt(ask: Asker, url: str) -> None:
@@ -104,7 +114,7 @@ def test_who_stops_listening_ends_the_request(url: str) -> None:
             assert time.monotonic() < deadline
 
 
-def test_a_cancelled_call_ends_the_request(url: str, dyed: tuple[TransformersEngine, Any]) -> None:
+def test_a_cancelled_call_ends_the_request(url: str, dyed: Dyed) -> None:
     async def scenario() -> None:
         async with AsyncClient(url) as client:
             await client.pause()
@@ -148,7 +158,7 @@ def test_an_id_that_another_request_has_is_refused_at_once(ask: Asker, url: str)
             ask(url, "generate", "A", request_id="mine")
 
 
-def test_keys_limits_and_addresses(ask: Asker, dyed: tuple[TransformersEngine, Any]) -> None:
+def test_keys_limits_and_addresses(ask: Asker, dyed: Dyed) -> None:
     config = ServerConfig(api_key="secret", max_sequences=2)
     with serving(create_app(*dyed, config)) as url:
         with refused(RequestError, "the API key is missing or wrong"):
@@ -178,13 +188,14 @@ def test_silence_ends_at_the_timeout(ask: Asker, url: str) -> None:
         ask(url, "resume")
 
 
-def test_an_async_client_needs_no_network(dyed: tuple[TransformersEngine, Any]) -> None:
+def test_an_async_client_needs_no_network(dyed: Dyed) -> None:
     async def scenario() -> list[Completion]:
         transport = httpx.ASGITransport(create_app(*dyed))
         async with AsyncClient("http://in.process", transport=transport) as client:
             return await client.generate("A", max_new_tokens=2, codec=None)
 
-    assert_dyed(*asyncio.run(scenario()))
+    (completion,) = asyncio.run(scenario())
+    assert_dyed(completion)
 
 
 def test_both_clients_have_every_call_with_its_documentation() -> None:

@@ -18,7 +18,7 @@ KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("facts", [{}, {"expected": 3, "got": "x"}, {"fix": "Do it."}, {"got": "", "fix": "Do it."}])
 def test_an_error_arrives_as_it_was_raised(kind: type[MoetraceError], facts: dict[str, str]) -> None:
-    raised = kind("it broke (in 2. of 3 places)", **facts)  # type: ignore[arg-type]
+    raised = kind("it broke (in 2. of 3 places)", **facts)
     body = json.dumps({"error": error_facts(raised)}).encode()
     came = error_of(418, {"x-request-id": "me"}, body, "/generate")
     assert type(came) is kind

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from email.utils import formatdate
 from typing import Any
 
@@ -45,11 +44,12 @@ TAKEN = refusal(409, "DuplicateRequestError")
 
 def play(replies: list[Reply], asked: Request | None = None, patience: Patience = PATIENCE) -> tuple[Any, list[Any]]:
     """What an exchange came to when it is answered so, and its steps: paths that were sent, and seconds slept."""
-    steps, answers, log = exchange(asked or request(), patience, math.inf), iter(replies), []
+    steps, answers = exchange(asked or request(), patience, math.inf), iter(replies)
+    log: list[Any] = []
     came: Reply | None = None
     try:
         while True:
-            step = steps.send(came)  # type: ignore[arg-type]
+            step = steps.send(came)
             if isinstance(step, Sleep):
                 log.append(step.seconds)
                 came = None
@@ -66,9 +66,8 @@ def play(replies: list[Reply], asked: Request | None = None, patience: Patience 
 
 
 @pytest.fixture(autouse=True)
-def without_jitter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.random", lambda: 0.0)
-    yield
 
 
 def test_an_answer_is_asked_for_once() -> None:
@@ -155,7 +154,7 @@ def test_other_errors_are_not_asked_again(reply: Reply, kind: type[MoetraceError
 
 def test_a_wait_that_would_pass_the_deadline_is_not_begun() -> None:
     steps = exchange(request(), PATIENCE, time.monotonic() + 5)
-    steps.send(None)  # type: ignore[arg-type]
+    steps.send(None)
     with refused(OverloadedError, "no", expected="a", got="b", fix="Do c."):
         steps.send(BUSY)
 

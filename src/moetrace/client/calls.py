@@ -78,8 +78,8 @@ class Calls:
             start: position of the first row that is wanted: how many rows of the conversation are there already.
             logprobs, prompt_logprobs: return the log-probability of each output token, of each prompt token.
             request_id: to abort it by, and to find it in the server's log; a new one by default.
-            sampling: what `moetrace.engines.base.SamplingParams` has: `max_new_tokens`, `do_sample`, `temperature`, ...;
-                and `add_special_tokens`, `skip_special_tokens`. What is not given is as the server has it by default.
+            sampling: what `moetrace.engines.base.SamplingParams` has (`max_new_tokens`, `do_sample`, ...), and
+                `add_special_tokens`, `skip_special_tokens`. What is not given is as the server has it by default.
 
         Returns:
             a `Completion` for each sequence: prompts in order, the n sequences of each together.

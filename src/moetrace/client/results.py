@@ -56,7 +56,7 @@ class Completion:
         text: of the output tokens, or None where the server has no tokenizer.
         logprobs: for each output token the natural logarithm of its probability before truncation, or None where they
             were not asked for.
-        prompt_logprobs: the same for each prompt token but the first, which is None; None where they were not asked for.
+        prompt_logprobs: the same for each prompt token, with None for the first; None where they were not asked for.
         finish_reason: "stop", "length" or "abort".
         weight_version: the weights in force when the sequence ended, or None where the server does not say.
         trace: the routes, checked against the tokens; None where they were not asked for, or only by reference.
