@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from asking import DYE, Asker, assert_dyed, dyed_engine
+from losing import losing
 from serving import free_port, serving
 from traces import refused
 
@@ -45,8 +46,9 @@ def url(dyed: Dyed) -> Iterator[str]:
         yield url
 
 
-def test_one_prompt(ask: Asker, url: str) -> None:
-    (completion,) = ask(url, "generate", "ABC", max_new_tokens=4, codec=None)
+@pytest.mark.parametrize("codec", [None, "bits", "raw+zstd"])
+def test_one_prompt(ask: Asker, url: str, codec: str | None) -> None:
+    (completion,) = ask(url, "generate", "ABC", max_new_tokens=4, codec=codec)
     assert (completion.text, completion.prompt_tokens, completion.finish_reason) == ("DEFG", [65, 66, 67], "length")
     assert completion.weight_version == "0"
     assert len(completion.logprobs) == 4
@@ -56,7 +58,7 @@ def test_one_prompt(ask: Asker, url: str) -> None:
 
 def test_several_prompts_and_sequences(ask: Asker, url: str) -> None:
     prompts = ["AB", [10, 20], np.array([7])]
-    completions = ask(url, "generate", prompts, n=2, max_new_tokens=3, codec=None, logprobs=False)
+    completions = ask(url, "generate", prompts, n=2, max_new_tokens=3, logprobs=False)
     assert [(c.prompt_number, c.index) for c in completions] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert [c.tokens for c in completions] == [[67, 68, 69]] * 2 + [[21, 22, 23]] * 2 + [[8, 9, 10]] * 2
     for completion in completions:
@@ -65,10 +67,10 @@ def test_several_prompts_and_sequences(ask: Asker, url: str) -> None:
 
 
 def test_turns_join_and_stops_stop(ask: Asker, url: str) -> None:
-    (first,) = ask(url, "generate", "AB", max_new_tokens=9, stop="EF", codec=None)
+    (first,) = ask(url, "generate", "AB", max_new_tokens=9, stop="EF")
     assert (first.text, first.finish_reason) == ("CDEF", "stop")
     prompt = [*first.prompt_tokens, *first.tokens, 7]
-    (second,) = ask(url, "generate", prompt, start=first.trace.stop, stop_token_ids=[10], codec=None)
+    (second,) = ask(url, "generate", prompt, start=first.trace.stop, stop_token_ids=[10])
     assert second.tokens == [8, 9, 10]
     assert_dyed(second, start=first.trace.stop)
     whole = first.trace.concat(second.trace)
@@ -83,10 +85,12 @@ def test_without_routes(ask: Asker, url: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("every", [0, 3, 7])
-@pytest.mark.parametrize("prompt", ["ABC", [65, 66, 67]])
-def test_a_stream_brings_tokens_and_ends_with_all_rows(ask: Asker, url: str, prompt: Any, every: int, n: int) -> None:
-    events = ask(url, "stream", prompt, n=n, every=every, start=1, max_new_tokens=40, codec=None)
+@pytest.mark.parametrize("every", [0, 3])
+@pytest.mark.parametrize(("prompt", "codec"), [("ABC", "bits"), ([65, 66, 67], None)])
+def test_a_stream_brings_tokens_and_ends_with_all_rows(
+    ask: Asker, url: str, prompt: Any, codec: str | None, every: int, n: int
+) -> None:
+    events = ask(url, "stream", prompt, n=n, every=every, start=1, max_new_tokens=40, codec=codec)
     for index in range(n):
         own = [event for event in events if event.index == index]
         assert [event.completion is not None for event in own] == [False] * 39 + [True]
@@ -114,7 +118,7 @@ def test_who_stops_listening_ends_the_request(url: str) -> None:
             assert time.monotonic() < deadline
 
 
-def test_a_cancelled_call_ends_the_request(url: str, dyed: Dyed) -> None:
+def test_a_cancelled_call_ends_the_request(url: str) -> None:
     async def scenario() -> None:
         async with AsyncClient(url) as client:
             await client.pause()
@@ -140,7 +144,7 @@ def test_control(ask: Asker, url: str, tmp_path: Any) -> None:
     assert not ask(url, "ready")
     assert ask(url, "model").paused
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(ask, url, "generate", "A", request_id="waits", codec=None)
+        waiting = pool.submit(ask, url, "generate", "A", request_id="waits")
         while not ask(url, "abort", "waits", "nobody"):
             time.sleep(0.01)
         (completion,) = waiting.result(30)
@@ -165,7 +169,7 @@ def test_keys_limits_and_addresses(ask: Asker, dyed: Dyed) -> None:
             ask(url, "model")
         key: dict[str, Any] = {"api_key": "secret"}
         assert ask(f"{url}/", "model", client=key).window == 512
-        assert ask(url, "generate", "A", codec=None, max_new_tokens=1, client=key)[0].text == "B"
+        assert ask(url, "generate", "A", max_new_tokens=1, client=key)[0].text == "B"
         with refused(RequestError, "asks for more sequences than the server takes"):
             ask(url, "generate", "A", n=3, client=key)
     with refused(UnreachableError, "cannot be reached at GET /model", got="Connect"):
@@ -175,6 +179,24 @@ def test_keys_limits_and_addresses(ask: Asker, dyed: Dyed) -> None:
             ask(wrong, "model")
     with refused(RequestError, "the request id cannot be sent"):
         ask(url, "generate", "A", request_id="a b")
+
+
+def test_a_request_whose_connection_is_lost_ends_before_it_runs_again(ask: Asker, url: str, dyed: Dyed) -> None:
+    engine, began = dyed[0], []
+    submit = engine.submit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        began.append(submit(*args, **kwargs))
+        return began[-1]
+
+    with losing(url, lambda: bool(began)) as lossy, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "submit", counted)
+        (completion,) = ask(lossy, "generate", "A", max_new_tokens=400)
+    assert_dyed(completion)
+    assert [len(one.result(30).output_tokens) for one in began[1:]] == [400]
+    first = began[0].result(30)
+    assert first.finish_reason == "abort"
+    assert len(first.output_tokens) < 400
 
 
 def test_silence_ends_at_the_timeout(ask: Asker, url: str) -> None:
@@ -192,7 +214,7 @@ def test_an_async_client_needs_no_network(dyed: Dyed) -> None:
     async def scenario() -> list[Completion]:
         transport = httpx.ASGITransport(create_app(*dyed))
         async with AsyncClient("http://in.process", transport=transport) as client:
-            return await client.generate("A", max_new_tokens=2, codec=None)
+            return await client.generate("A", max_new_tokens=2)
 
     (completion,) = asyncio.run(scenario())
     assert_dyed(completion)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,16 @@ async def roll_out(
         OSError: the journal cannot be written.
     """
     waiting = iter([line for line in lines if line.number not in journal.done])
-    with (journal.path / "errors.jsonl").open("w") as errors:
+    loop = asyncio.get_running_loop()
+
+    def keep(line: PromptLine, completions: Sequence[Completion]) -> None:
+        journal.commit(*_entry(line, completions))
+        report.finished += 1
+        report.sequences += len(completions)
+        report.tokens += sum(len(completion.tokens) for completion in completions)
+        report.rows += sum(len(completion.trace or ()) for completion in completions)
+
+    with (journal.path / "errors.jsonl").open("w") as errors, ThreadPoolExecutor(1) as writer:
 
         async def work() -> None:
             for line in waiting:
@@ -69,11 +79,7 @@ async def roll_out(
                     print(json.dumps(facts), file=errors, flush=True)
                     report.failed += 1
                 else:
-                    await asyncio.to_thread(journal.commit, *_entry(line, completions))
-                    report.finished += 1
-                    report.sequences += len(completions)
-                    report.tokens += sum(len(completion.tokens) for completion in completions)
-                    report.rows += sum(len(completion.trace or ()) for completion in completions)
+                    await loop.run_in_executor(writer, keep, line, completions)
                 on_progress()
 
         try:
