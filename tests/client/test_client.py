@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import asdict, replace
 from typing import Any
 
 import httpx
@@ -19,10 +21,17 @@ from serving import free_port, serving
 from traces import refused
 
 from moetrace import AsyncClient, Client
-from moetrace.client import Completion
+from moetrace.client import Completion, TraceReference
 from moetrace.client.calls import Calls
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.errors import DuplicateRequestError, RequestError, UnreachableError, WeightsError
+from moetrace.errors import (
+    CaptureOffError,
+    DuplicateRequestError,
+    RequestError,
+    UnknownTraceError,
+    UnreachableError,
+    WeightsError,
+)
 from moetrace.server import create_app
 from moetrace.server.config import ServerConfig
 
@@ -105,6 +114,9 @@ def test_a_stream_brings_tokens_and_ends_with_all_rows(
 def test_a_stream_has_one_prompt(ask: Asker, url: str) -> None:
     with refused(RequestError, "a stream has one prompt", got=2):
         ask(url, "stream", ["a", "b"])
+    for routes in (False, "reference"):
+        with refused(RequestError, "every says when to send rows", got=routes):
+            ask(url, "stream", "a", routes=routes, every=3)
     with refused(RequestError, "does not fit the model's window"):
         ask(url, "stream", "a", max_new_tokens=10_000)
 
@@ -153,6 +165,36 @@ def test_control(ask: Asker, url: str, tmp_path: Any) -> None:
     assert ask(url, "abort") == []
     with refused(WeightsError, ""):
         ask(url, "update_weights", str(tmp_path / "nothing"), "1")
+
+
+@pytest.mark.parametrize("codec", ["bits", "raw+zstd"])
+def test_routes_by_reference(ask: Asker, url: str, codec: str) -> None:
+    completions = ask(url, "generate", ["AB", [7, 8]], n=2, max_new_tokens=30, routes="reference", codec=codec)
+    for completion in completions:
+        assert completion.trace is None
+        reference = TraceReference(**json.loads(json.dumps(asdict(completion.reference))))  # as another process gets it
+        assert reference.codec == codec
+        assert_dyed(replace(completion, trace=ask(url, "fetch", reference)))
+        assert ask(url, "fetch", reference.id) == ask(url, "fetch", reference)
+    for completion in completions:
+        assert ask(url, "delete", completion.reference) is None
+    for method in ("fetch", "delete"):
+        with refused(UnknownTraceError, ""):
+            ask(url, method, completions[0].reference)
+    last = ask(url, "stream", "AB", max_new_tokens=5, routes="reference")[-1].completion
+    assert_dyed(replace(last, trace=ask(url, "fetch", last.reference)))
+
+
+def test_capture_stops_and_starts(ask: Asker, url: str) -> None:
+    assert ask(url, "routing")["state"] == "on"
+    try:
+        assert ask(url, "stop_routing")["state"] == "off"
+        with refused(CaptureOffError, ""):
+            ask(url, "generate", "A")
+    finally:
+        assert ask(url, "start_routing")["state"] == "on"
+    (completion,) = ask(url, "generate", "A", max_new_tokens=2)
+    assert_dyed(completion)
 
 
 def test_an_id_that_another_request_has_is_refused_at_once(ask: Asker, url: str) -> None:

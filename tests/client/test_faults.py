@@ -77,6 +77,13 @@ def test_every_call_has_an_id_of_its_own(ask: Asker) -> None:
         assert first != second
 
 
+def test_a_stream_that_has_begun_is_not_begun_again(ask: Asker) -> None:
+    with failing(answer, ["unanswered", "halfway"]) as (url, faulty):
+        with refused(UnreachableError, "gave no whole answer at POST /generate_stream"):
+            ask(url, "stream", [1, 2], request_id="me")
+        assert faulty.generated == ["me", "me"]  # the first time nothing of it had come
+
+
 @pytest.mark.parametrize("fate", ["unanswered", "halfway", "unread"])
 def test_a_lost_request_is_not_repeated_where_ids_mean_nothing(ask: Asker, fate: str) -> None:
     with failing(answer, [fate], knows_ids=False) as (url, faulty):

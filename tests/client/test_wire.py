@@ -278,7 +278,10 @@ def stream_of(events: list[bytes], pieces: int = 1) -> list[Any]:
         (b"[]", "not one of /generate_stream"),
         (b"{", "not one of /generate_stream"),
         (b'{"token": null, "index": 1, "finished": false}', "not one of /generate_stream"),
-        (b'{"token": null, "finished": true, "finish_reason": "stop", "output_token_ids": [8]}', "other tokens than came"),
+        (
+            b'{"token": null, "finished": true, "finish_reason": "stop", "output_token_ids": [8]}',
+            "other tokens than came",
+        ),
         (b'{"token": null, "index": 0, "finished": false}', "ended before its sequences did"),
     ],
 )

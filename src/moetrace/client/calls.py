@@ -90,9 +90,8 @@ class Calls:
             FormatError, TraceError: its routes are damaged, or not those of its tokens.
         """
         asked = asked_of(inputs, n, routes, start, self._layout)
-        parameters = _parameters(asked, codec, sampling)
+        parameters = _parameters(asked, codec, prompt_logprobs, sampling)
         parameters |= {"return_details": True} if logprobs else {}
-        parameters |= {"return_prompt_logprobs": True} if prompt_logprobs else {}
         request = _generation("/generate", asked, parameters, request_id)
         reply = yield from exchange(request, self._patience, self._patience.deadline())
         completions = partial(_completions, reply, asked, request.headers[REQUEST_ID])
@@ -107,6 +106,7 @@ class Calls:
         codec: str | None = "bits",
         start: int = 0,
         every: int = 0,
+        prompt_logprobs: bool = False,
         request_id: str | None = None,
         **sampling: Any,
     ) -> Steps[StreamEvent]:
@@ -115,7 +115,7 @@ class Calls:
         Args:
             inputs: text, or token ids.
             every: let routes come as deltas about every so many tokens, so that none are left to send at the end.
-            n, routes, codec, start, request_id, sampling: as of `generate`.
+            n, routes, codec, start, prompt_logprobs, request_id, sampling: as of `generate`.
 
         Yields:
             a `StreamEvent` for each token; the last one of a sequence has its `Completion`, with all its routes.
@@ -126,7 +126,12 @@ class Calls:
         asked = asked_of(inputs, n, routes, start, self._layout)
         if asked.is_batch:
             raise RequestError("a stream has one prompt", got=f"{len(asked.prompts)}", fix="Open a stream for each.")
-        parameters = _parameters(asked, codec, sampling) | ({"routed_experts_every": every} if every else {})
+        parameters = _parameters(asked, codec, prompt_logprobs, sampling)
+        if every and routes is not True:
+            raise RequestError(
+                "every says when to send rows, but none are to be sent", expected="routes=True", got=repr(routes)
+            )
+        parameters |= {"routed_experts_every": every} if every else {}
         request = _generation("/generate_stream", asked, parameters, request_id, streamed=True)
         deadline = self._patience.deadline()
         yield from exchange(request, self._patience, deadline)
@@ -281,8 +286,9 @@ def _generation(
     return Request("POST", path, {"inputs": inputs, "parameters": parameters}, headers, "by id", streamed)
 
 
-def _parameters(asked: Asked, codec: str | None, sampling: dict[str, Any]) -> dict[str, Any]:
+def _parameters(asked: Asked, codec: str | None, prompt_logprobs: bool, sampling: dict[str, Any]) -> dict[str, Any]:
     parameters = parameters_of({"n": asked.n, **sampling})
+    parameters |= {"return_prompt_logprobs": True} if prompt_logprobs else {}
     if asked.routes:
         parameters["return_routed_experts"] = asked.routes
         parameters |= {} if codec is None else {"routed_experts_codec": codec}

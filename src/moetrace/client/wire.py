@@ -165,8 +165,9 @@ def completion_of(said: Said, number: int, index: int, asked: Asked, request_id:
     """
     trace = reference = None
     tokens = said.prompt + said.output
-    if said.payloads and "reference" in said.payloads[0][0]:
-        reference = _reference_of(said.payloads[0][0], tokens)
+    if any("reference" in payload for payload, _ in said.payloads):
+        ((payload, _),) = said.payloads
+        reference = _reference_of(payload, tokens)
     elif said.payloads:
         base = len(said.prompt)
         trace = _joined([_trace_of(payload, tokens[: base + count], asked) for payload, count in said.payloads])
