@@ -142,14 +142,25 @@ def test_a_server_that_says_later_is_asked_later() -> None:
     [
         (refusal(400, "RequestError"), RequestError),
         (refusal(503, "EngineError"), EngineError),
-        (Reply(502, {"retry-after": "1"}, b"<html>Bad gateway</html>"), ServerError),
-        (Reply(500, {}, b""), ServerError),
+        (Reply(500, {"x-request-id": "me"}, b"a bug"), ServerError),
+        (Reply(503, {}, b"nobody there"), ServerError),
+        (Reply(404, {}, b""), ServerError),
     ],
 )
 def test_other_errors_are_not_asked_again(reply: Reply, kind: type[MoetraceError]) -> None:
     came, log = play([reply])
     assert type(came) is kind
     assert log == ["/generate"]
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_an_error_of_a_gateway_is_a_lost_connection(status: int) -> None:
+    broken = Reply(status, {}, b"<html>Bad gateway</html>")
+    assert play([broken, KNOWN, TAKEN, KNOWN, OK])[0] is OK
+    for came, log in (play([broken], request("unsent")), play([broken, Reply(200)])):
+        assert isinstance(came, ServerError)
+        assert came.status == status
+        assert log.count("/generate") == 1
 
 
 def test_a_wait_that_would_pass_the_deadline_is_not_begun() -> None:

@@ -233,7 +233,7 @@ def test_a_server_that_dies_ends_the_run_and_one_that_comes_back_does_not(
     with serving(create_app(*dyed), port) as url:
         process = spawn(prompts, url, "--concurrency", "2")
         wait_for(prompts, len(some) + 5, process)
-    time.sleep(1)
+    time.sleep(0.3)
     with serving(create_app(*dyed), port):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -134,7 +134,8 @@ def exchange(
 
     A failed connection is tried again if nothing of the request left, or as `request.repeat` allows; so is what the
     server refused for now (429, or 503 with Retry-After). Where a request was lost and is under way still (409), the
-    server has not noticed yet that its client went away: it is waited for.
+    server has not noticed yet that its client went away: it is waited for. A gateway's 500, 502 or 504 is a connection
+    that was lost behind it.
 
     Raises:
         UnreachableError: there is no whole answer, and the request must not, or not any more, be sent again.
@@ -146,16 +147,18 @@ def exchange(
         reply: Reply = yield Send(request, deadline)
         if reply.failure is None and accept(reply):
             return reply
-        error: MoetraceError
-        if reply.failure is not None:
+        error = (
+            unreachable(request, reply)
+            if reply.failure is not None
+            else error_of(reply.status, reply.headers, reply.body, request.path)
+        )
+        if reply.failure is not None or _is_a_gateways(reply):
             failures, refusals = failures + 1, 0
             lost |= not reply.unsent
-            error = unreachable(request, reply)
             again = failures <= patience.retries and (reply.unsent or request.repeat != "unsent")
             pause = patience.wait(failures)
         else:
             failures, refusals = 0, refusals + 1
-            error = error_of(reply.status, reply.headers, reply.body, request.path)
             again = _is_for_now(reply, lost)
             pause = patience.wait(refusals) + _retry_after(reply)
         if not again or time.monotonic() + pause >= deadline:
@@ -185,6 +188,11 @@ def _is_for_now(reply: Reply, lost: bool) -> bool:
     )
 
 
+def _is_a_gateways(reply: Reply) -> bool:
+    """Whether an error is not the server's own: that repeats the request's id whatever it answers."""
+    return reply.status in (500, 502, 504) and REQUEST_ID.lower() not in reply.headers
+
+
 def _retry_after(reply: Reply) -> float:
     """Seconds that a server asks to wait: a number, or a date."""
     text = reply.headers.get("retry-after", "").strip()
@@ -202,6 +210,8 @@ def _require_ids(request: Request, patience: Patience, deadline: float, error: M
     probe = Request("GET", "/health", headers=headers, repeat="always")
     reply = yield from exchange(probe, patience, deadline, accept=lambda _: True)
     if reply.headers.get(REQUEST_ID.lower()) != headers[REQUEST_ID]:
+        if not isinstance(error, UnreachableError):
+            raise error
         raise UnreachableError(
             f"{error.what}, and the server does not know {REQUEST_ID}: it may be generating still",
             expected="a server that repeats the id of a request and refuses one that is under way",
