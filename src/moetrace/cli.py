@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moetrace import __version__
 from moetrace.commands.files import add_commands
@@ -53,6 +54,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise MissingExtraError.of(error, "server") from error
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    args.served_model_name = args.served_model_name or Path(args.model).expanduser().resolve().name
     args.api_key = args.api_key or os.environ.get("MOETRACE_API_KEY") or None
     server_config = ServerConfig(**knobs_of(args, ServerConfig))
     config = EngineConfig(**knobs_of(args, EngineConfig))
