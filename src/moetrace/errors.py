@@ -23,6 +23,9 @@
     │   ├── UnknownModelError      it names a model that is not served
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
+    ├── ServerError                a server's answer is an error of no kind above, or cannot be understood
+    ├── UnreachableError           a server cannot be reached, or gave no whole answer
+    ├── RolloutError               a rollout cannot begin or go on as asked
     └── MissingExtraError          an optional dependency is not installed
 
 A message says what is wrong, what was expected, what was got and what to do next.
@@ -150,6 +153,24 @@ class DuplicateRequestError(RequestError):
 
 class OverloadedError(RequestError):
     """Too many requests or sequences are under way already."""
+
+
+class ServerError(MoetraceError):
+    """A server's answer is an error of a kind that is not known here, or cannot be understood.
+
+    Attributes:
+        status: of the response, or None.
+    """
+
+    status: int | None = None
+
+
+class UnreachableError(MoetraceError):
+    """A server cannot be reached, or gave no whole answer."""
+
+
+class RolloutError(MoetraceError):
+    """A rollout cannot begin or go on as asked."""
 
 
 class MissingExtraError(MoetraceError, ImportError):
