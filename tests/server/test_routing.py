@@ -17,11 +17,9 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from moetrace import codecs, load
-from moetrace.dialects import base64_of
 from moetrace.engines.base import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app, generation
-from moetrace.server.payloads import Plain, to_json
 from moetrace.server.schemas import Codec
 from moetrace.stores import resolve
 from moetrace.trace import RoutingTrace
@@ -443,17 +441,3 @@ def test_without_the_flag_there_is_nothing_to_control() -> None:
 def metric(client: TestClient, name: str) -> float:
     families = text_string_to_metric_families(client.get("/metrics").text)
     return next(sample.value for family in families for sample in family.samples if sample.name == name)
-
-
-def test_json_with_long_texts_is_json() -> None:
-    content = {"a": [Plain((b"xy", b"z")), {"b": Plain(())}, 'q"\\é'], "c": Plain((b"end",)), "d": None}
-    assert json.loads(to_json(content)) == {"a": ["xyz", {"b": ""}, 'q"\\é'], "c": "end", "d": None}
-    for wrong in (float("nan"), object()):
-        with pytest.raises((TypeError, ValueError)):
-            to_json({"a": wrong})
-
-
-@pytest.mark.parametrize("size", [0, 1, 2, 3, (3 << 19) - 1, 3 << 19, (3 << 19) + 1, 4_000_003])
-def test_base64_in_pieces_is_base64(size: int) -> None:
-    data = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
-    assert base64_of(data) == base64_of(np.frombuffer(data, np.uint8)) == base64.b64encode(data).decode()

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from moetrace.engines.base import GenerateResult
 from moetrace.server.archive import Archive
-from moetrace.server.payloads import routes_of, to_json
+from moetrace.server.bodies import Body, encode_json
+from moetrace.server.payloads import routes_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import Tokenizer
 
@@ -20,17 +21,16 @@ def encode_responses(
     parameters: GenerateParameters,
     tokenizer: Tokenizer | None,
     archive: Archive,
-) -> bytes:
+) -> Body:
     """JSON of the sequences of each prompt: one response, or for a list of prompts a list of them."""
     responses = [response_of(sequences, parameters, tokenizer, archive) for sequences in results]
-    return to_json(responses if is_batch else responses[0])
+    return encode_json(responses if is_batch else responses[0])
 
 
 def response_of(
     sequences: Sequence[GenerateResult], parameters: GenerateParameters, tokenizer: Tokenizer | None, archive: Archive
 ) -> dict[str, Any]:
-    """The response of one prompt, for `to_json`. As in LightLLM, what is said of a sequence is a list where there are
-    several."""
+    """The response of one prompt. As in LightLLM, what is said of a sequence is a list where there are several."""
 
     def each(values: Sequence[Item]) -> Item | list[Item]:
         return values[0] if len(sequences) == 1 else list(values)
@@ -48,6 +48,8 @@ def response_of(
     }
     if parameters.return_details:
         response["tokens"] = each([details_of(sequence, tokenizer) for sequence in sequences])
+    if sequences[0].prompt_logprobs is not None:
+        response["prompt_logprobs"] = sequences[0].prompt_logprobs
     traces = [sequence.trace for sequence in sequences if sequence.trace is not None]
     if traces:
         response["routed_experts"] = each(

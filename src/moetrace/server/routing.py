@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from moetrace.engines.base import Engine
 from moetrace.errors import RequestError
 from moetrace.server.archive import Archive
 from moetrace.server.errors import error_response
+from moetrace.server.openapi import CaptureChange, RoutingFacts, content, errors
 from moetrace.server.payloads import TRACES
 from moetrace.server.ranges import SourceResponse, is_known, range_of
 
@@ -23,18 +25,24 @@ def routing_routes(engine: Engine, archive: Archive) -> APIRouter:
     router = APIRouter()
     changing = asyncio.Lock()
 
-    @router.get("/routing", summary="Whether routes are captured, what was, and what is kept")
-    async def routing() -> dict[str, Any]:
-        return _facts(engine) | {"archive": asdict(await asyncio.to_thread(archive.state))}
+    @router.get("/routing", summary="Whether routes are captured, what was, and what is kept", responses=errors())
+    async def routing() -> RoutingFacts:
+        kept: Any = asdict(await asyncio.to_thread(archive.state))
+        facts: RoutingFacts = _facts(engine) | {"archive": kept}
+        return facts
 
-    @router.post("/routing/start", summary="Capture again from the next step on")
-    async def start() -> dict[str, Any]:
+    @router.post("/routing/start", summary="Capture again from the next step on", responses=errors(400, 503))
+    async def start() -> CaptureChange:
         async with changing:
             await asyncio.to_thread(engine.start_capture)
         return {"state": _state(engine)}
 
-    @router.post("/routing/stop", summary="Capture nothing from the next step on; requests for routes are refused")
-    async def stop() -> dict[str, Any]:
+    @router.post(
+        "/routing/stop",
+        summary="Capture nothing from the next step on; requests for routes are refused",
+        responses=errors(400, 503),
+    )
+    async def stop() -> CaptureChange:
         async with changing:
             await asyncio.to_thread(engine.stop_capture)
         return {"state": _state(engine)}
@@ -43,27 +51,37 @@ def routing_routes(engine: Engine, archive: Archive) -> APIRouter:
         f"{TRACES}/{{digest}}",
         summary="The container that a reference stands for, or one range of its bytes",
         response_class=Response,
-        responses={
-            200: {"content": {_CONTAINER: {"schema": _BINARY}}},
-            206: {"content": {_CONTAINER: {"schema": _BINARY}}, "description": "The range that was asked for."},
-            304: {"description": "The client has it: its If-None-Match says so."},
-            416: {"description": "The range begins after the end; Content-Range says how many bytes there are."},
-        },
+        responses=_WHOLE
+        | {206: {**_WHOLE[200], "description": "The range that was asked for."}}
+        | {304: {"description": "The client has it, as its If-None-Match says."}}
+        | errors(404, 416, 422),
     )
-    async def trace(digest: str, http: Request) -> Any:
+    async def trace(digest: str, http: Request) -> Response:
         return await _answer(digest, http, fetch=True)
 
-    @router.head(f"{TRACES}/{{digest}}", summary="As GET, without the bytes", response_class=Response)
-    async def trace_head(digest: str, http: Request) -> Any:
+    @router.head(
+        f"{TRACES}/{{digest}}",
+        summary="As GET, without the bytes, and always of the whole",
+        response_class=Response,
+        responses=_WHOLE | {304: {"description": "The client has it, as its If-None-Match says."}} | errors(404, 422),
+    )
+    async def trace_head(digest: str, http: Request) -> Response:
         return await _answer(digest, http, fetch=False)
 
     @router.delete(
-        f"{TRACES}/{{digest}}", summary="Give a reference back; with the last one its trace goes", status_code=204
+        f"{TRACES}/{{digest}}",
+        summary="Give a reference back; with the last one its trace goes",
+        status_code=204,
+        responses=errors(404, 422, 503),
     )
     async def delete(digest: str) -> None:
         await asyncio.to_thread(archive.delete, digest)
 
-    async def _answer(digest: str, http: Request, *, fetch: bool) -> Any:
+    @router.api_route(f"{TRACES}/{{digest}}", methods=["OPTIONS", "POST", "PUT", "PATCH"], include_in_schema=False)
+    async def refuse(digest: str) -> Response:  # Starlette would name the methods of the first route only
+        raise HTTPException(405, headers={"Allow": "DELETE, GET, HEAD"})
+
+    async def _answer(digest: str, http: Request, *, fetch: bool) -> Response:
         with ExitStack() as opened:
             kept, source = await asyncio.to_thread(opened.enter_context, archive.open(digest, fetch=fetch))
             etag = f'"{kept.digest}"'
@@ -83,15 +101,15 @@ def routing_routes(engine: Engine, archive: Archive) -> APIRouter:
 
 
 _CONTAINER = "application/octet-stream"
-_BINARY = {"type": "string", "format": "binary"}
+_WHOLE = content(_CONTAINER, "A container, see docs/format.md.")
 
 
-def _state(engine: Engine) -> str:
+def _state(engine: Engine) -> Literal["on", "off", "never"]:
     capture = engine.capture
     return "never" if capture is None else "on" if capture.is_on else "off"
 
 
-def _facts(engine: Engine) -> dict[str, Any]:
+def _facts(engine: Engine) -> Any:
     capture, layout = engine.capture, engine.layout
     facts: dict[str, Any] = {"state": _state(engine), "layout": None, "capacity": None, "captured": None}
     if layout is not None:
