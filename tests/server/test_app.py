@@ -250,7 +250,7 @@ def test_encoding_a_long_sequence_does_not_hold_up_the_event_loop(engine: Transf
     threads: list[int] = []
     encode = generation.encode_responses
 
-    def slow_encode(*args: Any) -> bytes:
+    def slow_encode(*args: Any) -> Any:
         threads.append(threading.get_ident())
         time.sleep(0.5)
         return encode(*args)

@@ -30,7 +30,7 @@ def client() -> Iterator[TestClient]:
     engine.close()
 
 
-def generate(client: TestClient, inputs: object, status: int = 200, **parameters: object) -> Any:
+def generate(client: TestClient, inputs: object, status: int = 200, **parameters: Any) -> Any:
     response = client.post("/generate", json={"inputs": inputs, "parameters": parameters})
     assert response.status_code == status, response.text
     return response.json()

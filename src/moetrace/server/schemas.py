@@ -15,7 +15,15 @@ _SAMPLING = SamplingParams()
 
 Prompt = str | list[int]
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+
+def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
+    """The prompts one by one, of one prompt or a list of them."""
+    if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int):  # no mixed list has this type
+        return inputs
+    return [inputs]  # type: ignore[list-item]
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
@@ -65,16 +73,16 @@ class GenerateParameters(BaseModel):
             RequestError: a value is out of range, or a parameter is unknown, not supported or contradicts another.
         """
         for name, value in (self.model_extra or {}).items():
-            if name not in _NEUTRAL:
+            if name not in NEUTRAL:
                 raise RequestError(
                     f"parameter {name!r} is unknown",
-                    expected=", ".join(sorted({*type(self).model_fields, *_NEUTRAL})),
+                    expected=", ".join(sorted({*type(self).model_fields, *NEUTRAL})),
                     got=name,
                 )
-            if value not in _NEUTRAL[name]:
+            if value not in NEUTRAL[name]:
                 raise RequestError(
                     f"parameter {name!r} is not supported by this server",
-                    expected=f"it absent, or {_NEUTRAL[name][0]!r}",
+                    expected=f"it absent, or {NEUTRAL[name][0]!r}",
                     got=repr(value),
                     fix=_WITHOUT_PENALTIES if name.endswith("_penalty") else "Leave it out.",
                 )
@@ -114,11 +122,9 @@ class GenerateRequest(BaseModel):
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts one by one."""
-        if isinstance(self.inputs, str) or not self.is_batch:
-            return [self.inputs]  # type: ignore[list-item]
-        return self.inputs  # type: ignore[return-value]
+        return prompts_in(self.inputs)
 
     @property
     def is_batch(self) -> bool:
         """Whether `inputs` is a list of prompts, and the response a list too."""
-        return isinstance(self.inputs, list) and any(not isinstance(item, int) for item in self.inputs)
+        return isinstance(self.inputs, list) and self.inputs != [] and not isinstance(self.inputs[0], int)
