@@ -15,13 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError
+from moetrace.server.answers import ErrorResponse
 from moetrace.server.errors import error_facts
 from moetrace.server.generation import Generator
+from moetrace.server.openapi import Responses, answer, either, errors, events
+from moetrace.server.sglang.answers import ModelInfo, SGLangResponse, WeightVersion
 from moetrace.server.sglang.responses import Writer
 from moetrace.server.sglang.schemas import SGLangRequest
 from moetrace.server.streaming import Arrivals, EventStream
 from moetrace.server.texts import ShownText, prompt_tokens
 
+_UNHEALTHY: Responses = {503: {"description": "No."}}
 _HEALTH_SECONDS = 20.0
 _OFF_LOOP_TOKENS = 256
 """Events of longer sequences are encoded in another thread: each brings the whole sequence."""
@@ -41,7 +45,14 @@ def sglang_routes(generator: Generator) -> APIRouter:
     router = APIRouter(prefix="/sglang")
     engine, requests = generator.engine, generator.requests
 
-    @router.post("/generate", summary="Generate from one prompt, or several (SGLang's contract)")
+    @router.post(
+        "/generate",
+        summary="Generate from one prompt, or several (SGLang's contract)",
+        responses=either(
+            answer(SGLangResponse | list[SGLangResponse]), events(SGLangResponse | ErrorResponse, end="[DONE]")
+        )
+        | errors(400, 409, 413, 422, 429, 503),
+    )
     async def generate(request: SGLangRequest, http: Request) -> Response:
         request.check()
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, True, generator.tokenizer)
@@ -68,7 +79,12 @@ def sglang_routes(generator: Generator) -> APIRouter:
             body = await asyncio.to_thread(_whole, writer, results)
         return Response(body, media_type="application/json")
 
-    @router.post("/abort_request", summary="End requests; their clients get what there is (SGLang's contract)")
+    @router.post(
+        "/abort_request",
+        summary="End requests; their clients get what there is (SGLang's contract)",
+        response_class=Response,
+        responses=errors(400, 413, 422),
+    )
     async def abort_request(request: SGLangAbort) -> Response:
         if request.abort_all:
             requests.abort_all()
@@ -76,11 +92,18 @@ def sglang_routes(generator: Generator) -> APIRouter:
             requests.abort([request.rid])
         return Response()
 
-    @router.get("/health", summary="200 while requests are taken, else 503")
+    @router.get(
+        "/health", summary="200 while requests are taken, else 503", response_class=Response, responses=_UNHEALTHY
+    )
     async def health() -> Response:
         return Response(status_code=200 if engine.is_healthy() and not requests.is_draining else 503)
 
-    @router.get("/health_generate", summary="200 if a token could be generated, else 503")
+    @router.get(
+        "/health_generate",
+        summary="200 if a token could be generated, else 503",
+        response_class=Response,
+        responses=_UNHEALTHY | errors(),
+    )
     async def health_generate() -> Response:
         with suppress(MoetraceError, TimeoutError):
             if not engine.is_paused and not requests.is_draining:
@@ -92,16 +115,21 @@ def sglang_routes(generator: Generator) -> APIRouter:
                 return Response()
         return Response(status_code=503)
 
-    @router.get("/get_model_info", summary="Which model, with which weights")
+    @router.get("/get_model_info", summary="Which model, with which weights", responses=errors())
     @router.get("/model_info", include_in_schema=False)
-    async def model_info() -> dict[str, Any]:
+    async def model_info() -> ModelInfo:
         path = getattr(generator.tokenizer, "name_or_path", None)
-        facts = {"model_path": path, "tokenizer_path": path, "is_generation": True}
-        return facts | {"preferred_sampling_params": None, "weight_version": engine.weight_version}
+        return {
+            "model_path": path,
+            "tokenizer_path": path,
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": engine.weight_version,
+        }
 
-    @router.get("/get_weight_version", summary="Which weights")
+    @router.get("/get_weight_version", summary="Which weights", responses=errors())
     @router.get("/weight_version", include_in_schema=False)
-    async def weight_version() -> dict[str, str]:
+    async def weight_version() -> WeightVersion:
         return {"weight_version": engine.weight_version}
 
     return router
