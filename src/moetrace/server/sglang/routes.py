@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moetrace.engines.base import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError
 from moetrace.server.answers import ErrorResponse
+from moetrace.server.bodies import Body, BodyResponse, encode_json
 from moetrace.server.errors import error_facts
 from moetrace.server.generation import Generator
 from moetrace.server.openapi import Responses, answer, either, errors, events
@@ -77,7 +77,7 @@ def sglang_routes(generator: Generator) -> APIRouter:
             queue()
             results = await generator.results(running, http)
             body = await asyncio.to_thread(_whole, writer, results)
-        return Response(body, media_type="application/json")
+        return BodyResponse(body)
 
     @router.post(
         "/abort_request",
@@ -142,12 +142,12 @@ def _check_start(name: str, start: int, prompt_length: int) -> None:
         )
 
 
-def _whole(writer: Writer, results: list[list[GenerateResult]]) -> bytes:
+def _whole(writer: Writer, results: list[list[GenerateResult]]) -> Body:
     answers = [writer.whole(number, result) for number, of_prompt in enumerate(results) for result in of_prompt]
-    return json.dumps(answers if writer.request.is_list else answers[0], allow_nan=False).encode()
+    return encode_json(answers if writer.request.is_list else answers[0])
 
 
-async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], generator: Generator) -> AsyncIterator[bytes]:
+async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], generator: Generator) -> AsyncIterator[Body]:
     """Each sequence so far, as tokens come; at the end a mark."""
     interval = writer.request.sampling_params_given.stream_interval or 1
     streams: dict[int, _Stream] = {}
@@ -167,7 +167,7 @@ async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], genera
                 yield part() if len(tokens) < _OFF_LOOP_TOKENS else await asyncio.to_thread(part)
     except MoetraceError as error:
         yield _event({"error": error_facts(error)})
-    yield b"data: [DONE]\n\n"
+    yield Body(b"data: [DONE]\n\n")
 
 
 class _Stream:
@@ -188,7 +188,7 @@ class _Stream:
         self._told(count - self._seen)
         self._seen = count
 
-    def part(self, tokens: list[int], logprobs: list[float], version: str) -> bytes:
+    def part(self, tokens: list[int], logprobs: list[float], version: str) -> Body:
         """The sequence so far."""
         if self._shown is not None:
             self._text += "".join(self._shown.add(token) for token in tokens[self.sent :])
@@ -196,10 +196,10 @@ class _Stream:
         facts = self._writer.part(self._number, self._prompt_length, self._text, tokens, logprobs, version)
         return _event(facts | self._index)
 
-    def last(self, result: GenerateResult) -> bytes:
+    def last(self, result: GenerateResult) -> Body:
         """The whole sequence."""
         return _event(self._writer.whole(self._number, result) | self._index)
 
 
-def _event(facts: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(facts, allow_nan=False).encode() + b"\n\n"
+def _event(facts: dict[str, Any]) -> Body:
+    return Body(b"data: ") + encode_json(facts) + Body(b"\n\n")
