@@ -22,6 +22,7 @@
     │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
+    ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
     └── MissingExtraError          an optional dependency is not installed
 
 A message says what is wrong, what was expected, what was got and what to do next.
@@ -129,6 +130,10 @@ class DuplicateRequestError(RequestError):
 
 class OverloadedError(RequestError):
     """Too many requests or sequences are under way already."""
+
+
+class DyeError(MoetraceError):
+    """A dye checkpoint cannot be made as asked, or a folder is none."""
 
 
 class MissingExtraError(MoetraceError, ImportError):
