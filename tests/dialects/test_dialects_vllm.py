@@ -186,9 +186,10 @@ def test_what_is_no_array_is_refused(payload: Any) -> None:
 
 @pytest.mark.parametrize("start", [-1, 5, 1.0, None, True])
 def test_a_start_that_is_no_position_is_refused(start: Any) -> None:
-    for payload, function in ((array_of(CASE), from_vllm), (text_of(CASE), from_vllm_http)):
-        with pytest.raises(MoetraceError, match="start"):
-            function(payload, CASE.tokens, CASE.layout, 5, start=start)
+    with pytest.raises(MoetraceError, match="start"):
+        from_vllm(array_of(CASE), CASE.tokens, CASE.layout, 5, start=start)
+    with pytest.raises(MoetraceError, match="start"):
+        read(text_of(CASE), start=start)
 
 
 # --- ids that are not a router's ---
@@ -206,9 +207,10 @@ def test_a_start_that_is_no_position_is_refused(start: Any) -> None:
 def test_ids_that_no_router_chose_are_refused(route: list[int], what: str) -> None:
     array = array_of(CASE)
     array[1, 3] = route
-    for payload, function in ((array, from_vllm), (b64(npy("|u1", (3, 5, 2), array.tobytes())), from_vllm_http)):
-        with pytest.raises(InvalidTraceError, match=what):
-            function(payload, CASE.tokens, CASE.layout, 5)
+    with pytest.raises(InvalidTraceError, match=what):
+        from_vllm(array, CASE.tokens, CASE.layout, 5)
+    with pytest.raises(InvalidTraceError, match=what):
+        read(b64(npy("|u1", (3, 5, 2), array.tobytes())))
 
 
 def test_another_models_layers_are_noticed() -> None:
@@ -233,6 +235,7 @@ NESTED = "[" * 120
         pytest.param(b"PK\x03\x04" + GOOD, id="npz"),
         pytest.param(DATA, id="ids without a header"),
         pytest.param(pickle.dumps(array_of(CASE)), id="a pickle"),
+        pytest.param(npy("|u1", (3, 5, 2), DATA, version=b"\x01\x01"), id="version 1.1"),
         pytest.param(npy("|u1", (3, 5, 2), DATA, version=b"\x02\x00"), id="version 2"),
         pytest.param(npy("|u1", (3, 5, 2), DATA, version=b"\x03\x00"), id="version 3"),
         pytest.param(npy("|u1", (3, 5, 2), DATA, version=b"\x07\x00"), id="version 7"),
@@ -332,7 +335,7 @@ def test_a_file_that_does_not_hold_what_it_declares_is_refused(data: bytes, got:
     [((2, 5, 2), {}), ((4, 5, 2), {}), ((3, 4, 2), {}), ((3, 5, 3), {}), ((3, 5, 2), {"start": 1})],
     ids=["a row too few", "a row for each token", "a layer too few", "another K", "a start that was not heeded"],
 )
-def test_a_file_of_another_shape_is_refused(shape: tuple[int, ...], changes: dict[str, int]) -> None:
+def test_a_file_of_another_shape_is_refused(shape: tuple[int, ...], changes: dict[str, Any]) -> None:
     file = npy("|u1", shape, bytes(int(np.prod(shape))))
     with refused(FormatError, "the shape of the .npy does not fit the tokens and the model", got=list(shape)):
         read(b64(file), **changes)

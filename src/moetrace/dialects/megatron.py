@@ -116,7 +116,7 @@ def _array_of(nested: object, dtype: np.dtype, layout: MoeLayout) -> np.ndarray:
     except (TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the payload is not a nested list of ids ({error})", expected=expected) from error
     limits = np.iinfo(dtype)
-    if kinds != {int} or ids.dtype.kind != "i" or not limits.min <= ids.min() <= ids.max() <= limits.max:
+    if kinds != {int} or not limits.min <= ids.min() <= ids.max() <= limits.max:
         found = sorted(kind.__name__ for kind in kinds)
         raise FormatError("the payload is not a nested list of ids", expected=expected, got=f"{ids.dtype} of {found}")
     return ids.astype(dtype)
