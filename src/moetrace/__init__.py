@@ -1,6 +1,6 @@
 """moetrace: record the experts a Mixture-of-Experts model chose at rollout, and replay them in training.
 
-Importing this package imports numpy and safetensors only; names that need torch load it when they are first used.
+Importing this package imports numpy only; names that need torch load it when they are first used.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from moetrace import __version__
 from moetrace.commands import dye
@@ -63,6 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise MissingExtraError.of(error, "server") from error
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    args.served_model_name = args.served_model_name or Path(args.model).expanduser().resolve().name
     args.api_key = args.api_key or os.environ.get("MOETRACE_API_KEY") or None
     server_config = ServerConfig(**{knob.name: getattr(args, knob.name) for knob in fields(ServerConfig)})
     config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})

@@ -20,6 +20,7 @@
     │   └── WeightsError           new weights do not fit the running model; the old ones stay
     ├── RequestError               one request cannot be served as asked; the engine goes on
     │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── UnknownModelError      it names a model that is not served
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
     ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
@@ -117,11 +118,31 @@ class WeightsError(EngineError):
 
 
 class RequestError(MoetraceError):
-    """One request cannot be served as asked; the engine goes on."""
+    """One request cannot be served as asked; the engine goes on.
+
+    Args:
+        param: name of the request's field that is to blame, where one is; `what` says it too.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(what, expected=expected, got=got, fix=fix)
+        self.param = param
 
 
 class CaptureOffError(RequestError):
     """A request asks for routes, but the engine was started without capture."""
+
+
+class UnknownModelError(RequestError):
+    """A request names a model that is not served."""
 
 
 class DuplicateRequestError(RequestError):

@@ -13,7 +13,9 @@ from moetrace.server.gate import Gate
 from moetrace.server.generation import Generator, generation_routes
 from moetrace.server.lifecycle import lifecycle_routes
 from moetrace.server.metrics import Metrics
+from moetrace.server.openai.routes import openai_routes
 from moetrace.server.requests import RequestTable
+from moetrace.server.sglang.routes import sglang_routes
 from moetrace.server.texts import Tokenizer
 
 
@@ -32,7 +34,10 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: Serve
     app.state.requests = requests
     handle_errors(app)
     app.add_middleware(Gate, config=config, metrics=metrics)
-    app.include_router(generation_routes(Generator(engine, tokenizer, requests, config, metrics)))
+    generator = Generator(engine, tokenizer, requests, config, metrics)
+    app.include_router(generation_routes(generator))
+    app.include_router(openai_routes(generator, config.served_model_name or "model"))
+    app.include_router(sglang_routes(generator))
     app.include_router(lifecycle_routes(engine, requests))
 
     @app.get("/metrics", summary="Prometheus metrics")

@@ -43,14 +43,59 @@ class Generator:
             EngineError: the engine has stopped.
         """
         parameters, routes = request.parameters, request.parameters.return_routed_experts
+        scores = parameters.return_prompt_logprobs
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
+        self.check(prompts, sampling, routes, scores)
+        for prompt in prompts:
+            _check_routing(self.engine, len(prompt), parameters)
+        self.queue(prompts, sampling, running, routes, scores, on_progress)
+
+    def check(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
+    ) -> None:
+        """Raise `RequestError` unless all prompts can be served as asked."""
         for prompt in prompts:
             self._check_length(len(prompt))
-            check_request(self.engine, prompt, sampling, routes)
-            _check_routing(self.engine, len(prompt), parameters)
-        for prompt in prompts:  # if one fails after all, leaving `running` aborts the others
-            generation = self.engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress)
-            running.generations.append(generation)
+            check_request(self.engine, prompt, sampling, return_routes, return_prompt_logprobs)
+
+    def queue(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        running: Running,
+        return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Queue prompts that were checked. Progress is told by the number of a sequence among those of all prompts."""
+        for number, prompt in enumerate(prompts):  # if one fails after all, leaving `running` aborts the others
+            told = on_progress and _counted_from(number * sampling.n, on_progress)
+            running.generations.append(
+                self.engine.submit(
+                    prompt,
+                    sampling,
+                    return_routes=return_routes,
+                    return_prompt_logprobs=return_prompt_logprobs,
+                    on_progress=told,
+                )
+            )
+
+    async def results(self, running: Running, http: Request) -> list[list[GenerateResult]]:
+        """Wait for what was queued: the sequences of each prompt.
+
+        Raises:
+            ClientDisconnect: the client has gone.
+            EngineError: the engine has stopped.
+        """
+        results = await unless_disconnected(http.receive, _results(running.generations))
+        for sequences in results:
+            self.metrics.finished(sequences)
+        http.state.facts = _facts(results)
+        return results
 
     def _check_length(self, length: int) -> None:
         limit = self.config.max_prompt_tokens
@@ -73,10 +118,7 @@ def generation_routes(generator: Generator) -> APIRouter:
             )
         with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
             await generator.submit(request, sampling, running)
-            results = await unless_disconnected(http.receive, _results(running.generations))
-            for sequences in results:
-                metrics.finished(sequences)
-            http.state.facts = _facts(results)
+            results = await generator.results(running, http)
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
         return Response(body, media_type="application/json")
 
@@ -101,6 +143,10 @@ def generation_routes(generator: Generator) -> APIRouter:
             )
 
     return router
+
+
+def _counted_from(first: int, on_progress: Progress) -> Progress:
+    return lambda sequence, tokens, logprobs: on_progress(first + sequence, tokens, logprobs)
 
 
 async def _results(generations: Sequence[Generation]) -> list[list[GenerateResult]]:

@@ -47,6 +47,8 @@ def response_of(
     }
     if parameters.return_details:
         response["tokens"] = each([details_of(sequence, tokenizer) for sequence in sequences])
+    if sequences[0].prompt_logprobs is not None:
+        response["prompt_logprobs"] = sequences[0].prompt_logprobs
     traces = [sequence.trace for sequence in sequences if sequence.trace is not None]
     if traces:
         response["routed_experts"] = each(

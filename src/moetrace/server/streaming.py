@@ -28,12 +28,15 @@ Arrival = tuple[int, list[int], list[float], GenerateResult | None]
 
 
 class Arrivals:
-    """Tokens and results of one generation, from the engine's threads to the event loop, in order."""
+    """Tokens and results of generations, from the engine's threads to the event loop, in order.
+
+    Sequences are numbered through: those of the first generation that was expected, then those of the next.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Arrival | BaseException] = asyncio.Queue()
-        self._open = 0
+        self._open = self._expected = 0
         self.began = time.perf_counter()
 
     def on_progress(self, sequence: int, tokens: list[int], logprobs: list[float]) -> None:
@@ -42,8 +45,10 @@ class Arrivals:
 
     def expect(self, generation: Generation) -> None:
         """Wait for the results of `generation` too."""
-        self._open, self.generation = len(generation.futures), generation
-        for number, future in enumerate(generation.futures):
+        first, self.generation = self._expected, generation
+        self._open += len(generation.futures)
+        self._expected += len(generation.futures)
+        for number, future in enumerate(generation.futures, first):
             asyncio.wrap_future(future).add_done_callback(partial(self._on_result, number))
 
     def _on_result(self, number: int, done: asyncio.Future[GenerateResult]) -> None:
@@ -137,6 +142,8 @@ class _SequenceEvents:
             "prompt_token_ids": result.prompt_tokens,
             "output_token_ids": result.output_tokens,
         }
+        if result.prompt_logprobs is not None:
+            last["prompt_logprobs"] = result.prompt_logprobs
         if result.trace is not None:
             last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
         return b"".join(_event(event) for event in [*events, last])
