@@ -30,7 +30,7 @@ def client() -> Iterator[TestClient]:
     engine.close()
 
 
-def generate(client: TestClient, inputs: object, status: int = 200, **parameters: object) -> Any:
+def generate(client: TestClient, inputs: object, status: int = 200, **parameters: Any) -> Any:
     response = client.post("/generate", json={"inputs": inputs, "parameters": parameters})
     assert response.status_code == status, response.text
     return response.json()
@@ -91,7 +91,7 @@ def test_scores_come_with_generation_too_and_once_for_all_sequences(client: Test
 
 
 def test_an_end_of_sequence_token_that_was_dropped_stops_nothing(client: TestClient) -> None:
-    stops = {"stop_sequences": [[20], [19, 20]]}
+    stops: Any = {"stop_sequences": [[20], [19, 20]]}
     assert generate(client, [19], max_new_tokens=0, return_prompt_logprobs=True, **stops)["finish_reason"] == "length"
     assert generate(client, [19], max_new_tokens=5)["finish_reason"] == "stop"
 
@@ -110,7 +110,7 @@ def test_what_makes_no_sense_of_a_score_is_refused(client: TestClient, parameter
 
 
 def test_a_seed_repeats_what_it_drew(client: TestClient) -> None:
-    drawn = {"do_sample": True, "temperature": 1000.0, "max_new_tokens": 20, "ignore_eos": True}
+    drawn: Any = {"do_sample": True, "temperature": 1000.0, "max_new_tokens": 20, "ignore_eos": True}
     first, again, other = (generate(client, [7], **drawn, seed=seed)["output_token_ids"] for seed in (5, 5, 6))
     assert first == again != other
     sequences = generate(client, [7], **drawn, seed=5, n=3)["output_token_ids"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moetrace.dialects.checks import MISSING_ID, IdType, require_id_type
-from moetrace.dialects.lightllm import AxisOrder, from_lightllm, to_lightllm
+from moetrace.dialects.lightllm import AxisOrder, describe, from_lightllm, lightllm_parts, to_lightllm
 from moetrace.dialects.megatron import from_megatron, from_megatron_http, to_megatron, to_megatron_http
 from moetrace.dialects.sglang import from_sglang, to_sglang
 from moetrace.dialects.trtllm import from_trtllm, to_trtllm
@@ -28,6 +28,7 @@ __all__ = [
     "AxisOrder",
     "Dialect",
     "IdType",
+    "describe",
     "dialect_of",
     "from_lightllm",
     "from_megatron",
@@ -36,6 +37,7 @@ __all__ = [
     "from_trtllm",
     "from_vllm",
     "from_vllm_http",
+    "lightllm_parts",
     "require_id_type",
     "to_lightllm",
     "to_megatron",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -9,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from moetrace.errors import (
+    ArchiveError,
     DuplicateRequestError,
     EngineError,
     MissingRowError,
@@ -17,6 +20,7 @@ from moetrace.errors import (
     RequestError,
     ShuttingDownError,
     UnknownModelError,
+    UnknownTraceError,
     WeightsError,
 )
 
@@ -47,22 +51,24 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
         refusal = RequestError(f"the request cannot be served ({error.detail})")
-        return error_response(error.status_code, refusal, path=request.url.path)
+        return error_response(error.status_code, refusal, error.headers, path=request.url.path)
 
 
 _REPORT = "Its log says where; please report it."
 _STATUS: dict[type[MoetraceError], int] = {
     MissingRowError: 500,
     UnknownModelError: 404,
+    UnknownTraceError: 404,
     DuplicateRequestError: 409,
     OverloadedError: 429,
     WeightsError: 400,
+    ArchiveError: 503,
     EngineError: 503,
 }
 
 
 def error_response(
-    status: int, error: MoetraceError, headers: dict[str, str] | None = None, *, path: str = ""
+    status: int, error: MoetraceError, headers: Mapping[str, str] | None = None, *, path: str = ""
 ) -> JSONResponse:
     """An error as clients of `path` get it."""
     if path.startswith("/v1/"):

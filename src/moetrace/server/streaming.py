@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -16,9 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from moetrace.engines.base import Engine, GenerateResult, Generation
 from moetrace.errors import MoetraceError
+from moetrace.server.archive import Archive
+from moetrace.server.bodies import Body, encode_json
 from moetrace.server.errors import error_facts
 from moetrace.server.metrics import Metrics
-from moetrace.server.responses import routes_of, token_of, usage_of
+from moetrace.server.payloads import routes_of
+from moetrace.server.responses import token_of, usage_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import TextStream, Tokenizer
 from moetrace.trace import RoutingTrace
@@ -68,8 +71,13 @@ class Arrivals:
 
 
 async def token_events(
-    engine: Engine, arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
-) -> AsyncIterator[bytes]:
+    engine: Engine,
+    arrivals: Arrivals,
+    parameters: GenerateParameters,
+    tokenizer: Tokenizer | None,
+    metrics: Metrics,
+    archive: Archive,
+) -> AsyncIterator[Body]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
     try:
@@ -77,7 +85,7 @@ async def token_events(
             if number not in streams:
                 told = metrics.stream(arrivals.began)
                 streams[number] = _SequenceEvents(
-                    number, arrivals.generation.prompt_length, parameters, tokenizer, told
+                    number, arrivals.generation.prompt_length, parameters, tokenizer, archive, told
                 )
             stream = streams[number]
             if result is not None:
@@ -101,10 +109,11 @@ class _SequenceEvents:
         prompt_length: int,
         parameters: GenerateParameters,
         tokenizer: Tokenizer | None,
+        archive: Archive,
         arrived: Callable[[int], None],
     ) -> None:
         self._number, self._prompt_length = number, prompt_length
-        self._parameters, self._tokenizer = parameters, tokenizer
+        self._parameters, self._tokenizer, self._archive = parameters, tokenizer, archive
         self._text = None if tokenizer is None else TextStream(tokenizer, parameters.skip_special_tokens)
         self._sent, self._arrived = 0, arrived
         self._rows, self._rows_at = parameters.routed_experts_start, 0
@@ -119,16 +128,16 @@ class _SequenceEvents:
         tokens: list[int],
         logprobs: list[float],
         read_routes: Callable[[list[int], int], RoutingTrace | None] | None = None,
-    ) -> bytes:
+    ) -> Body:
         """Events of the tokens that were not sent yet, the last one with the rows that were not."""
         events = self._events(tokens, logprobs)
         trace = None if read_routes is None else read_routes(tokens, self._rows)
         if trace is not None and trace.num_rows:
-            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows)
+            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows, self._archive)
             self._rows, self._rows_at = trace.stop, len(tokens)
-        return b"".join(_event(event) for event in events)
+        return _joined(events)
 
-    def last(self, result: GenerateResult) -> bytes:
+    def last(self, result: GenerateResult) -> Body:
         """Events of the tokens that were not sent yet; the last one ends the sequence."""
         events = self._events(result.output_tokens, result.logprobs)
         last = events.pop() if events else self._event_of(None)
@@ -145,8 +154,8 @@ class _SequenceEvents:
         if result.prompt_logprobs is not None:
             last["prompt_logprobs"] = result.prompt_logprobs
         if result.trace is not None:
-            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
-        return b"".join(_event(event) for event in [*events, last])
+            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows, self._archive)
+        return _joined([*events, last])
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:
         events = []
@@ -165,27 +174,43 @@ class _SequenceEvents:
         return {"token": token, "index": self._number, **empty}
 
 
-def _event(facts: dict[str, Any]) -> bytes:
-    return b"data:" + json.dumps(facts, allow_nan=False).encode() + b"\n\n"
+def _joined(events: Sequence[dict[str, Any]]) -> Body:
+    *small, last = map(_event, events)
+    return sum(small, Body()) + last
+
+
+def _event(facts: dict[str, Any]) -> Body:
+    if "routed_experts" in facts:
+        return Body(b"data:") + encode_json(facts) + Body(b"\n\n")
+    return Body(b"data:" + json.dumps(facts, allow_nan=False).encode() + b"\n\n")
 
 
 class EventStream(StreamingResponse):
     """Server-sent events until they end or the client goes away; then what was opened for them is closed.
 
     Args:
-        events: encoded events.
+        events: encoded events, as bytes or as bodies.
         opened: closed at the end, whatever happened.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], opened: ExitStack) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, events: AsyncIterator[bytes] | AsyncIterator[Body], opened: ExitStack) -> None:
+        super().__init__(_pieces(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._opened = opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._opened, suppress(ClientDisconnect):
             await unless_disconnected(receive, self.stream_response(send))
+
+
+async def _pieces(events: AsyncIterator[bytes] | AsyncIterator[Body]) -> AsyncIterator[bytes]:
+    async for event in events:
+        if isinstance(event, bytes):
+            yield event
+        else:
+            async for piece in event.pieces():
+                yield piece
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Item]) -> Item:
