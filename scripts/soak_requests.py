@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 from dye import Dye
 
-from moetrace.dialects import from_lightllm
+from moetrace.dialects import from_lightllm, from_sglang
 from moetrace.errors import MoetraceError
+from moetrace.layout import MoeLayout
 
 WINDOW = 512
 MAX_BODY_BYTES = 65_536
@@ -98,6 +99,20 @@ class Closed:
         ledger.missing += rows - trace.num_valid
         ledger.rows, ledger.traces = ledger.rows + rows, ledger.traces + 1
         ledger.changed += len(trace.weight_spans) > 1
+
+    def check_sglang(self, ledger: Ledger, payload: str, tokens: list[int], start: int) -> None:
+        """SGLang's payload of all rows from `start` on. It does not say which weights made a row: any may have."""
+        layout = MoeLayout(self.dye.layers, self.dye.num_experts, self.dye.top_k)
+        num_layers = self.dye.config.num_hidden_layers
+        try:
+            trace = from_sglang(payload, tokens, layout, num_layers, start=min(start, len(tokens) - 1))
+        except MoetraceError as error:
+            raise SoakError(f"a payload that cannot be read: {error}") from error
+        own = tokens[start : start + trace.num_rows]
+        right = [(trace.experts_TLK == table[own]).all(axis=(1, 2)) for table in self.tables_VLK.values()]
+        if not (right[0] | right[1]).all():
+            raise SoakError(f"{(~(right[0] | right[1])).sum()} of {trace.num_rows} rows are wrong")
+        ledger.rows, ledger.traces = ledger.rows + trace.num_rows, ledger.traces + 1
 
 
 class Client:
@@ -213,6 +228,19 @@ class Client:
     @staticmethod
     def _axis(parameters: Body) -> int:
         return 0 if parameters.get("routed_experts_layout", "LTK") == "TLK" else 1
+
+    def check_sglang(self, prompt: list[int], asked: int, start: int, answer: Body, began: float) -> None:
+        """An answer in SGLang's dialect, which says nothing of its routes but one version for all."""
+        output, meta = answer["output_ids"], answer["meta_info"]
+        if output != self.closed.dye.continuation(prompt[-1], len(output)):
+            raise SoakError(f"{len(output)} tokens that the model does not say")
+        kind = meta["finish_reason"]["type"]
+        if (kind, len(output)) != ("length", asked) and (kind != "abort" or self.aborted_all_at < began):
+            raise SoakError(f"{len(output)} tokens of {asked} and {kind!r}")
+        self.ledger.tokens += len(output)
+        if kind == "abort" and meta["routed_experts"] is None:
+            return
+        self.closed.check_sglang(self.ledger, meta["routed_experts"], prompt + output, start)
 
     async def stream(self, body: Body, parameters: Body, prompt: list[int], leave_after: int | None = None) -> str:
         """A stream, to its end or left after so many events."""

@@ -117,6 +117,37 @@ async def scored(client: Client) -> str:
     return "200"
 
 
+async def sglang(client: Client) -> str:
+    """SGLang's dialect, whose payload has no word for what it holds."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    asked, start = client.chance.randint(1, 60), client.chance.randint(0, len(prompt))
+    body = {"text" if isinstance(inputs, str) else "input_ids": inputs, "return_routed_experts": True}
+    body |= {"sampling_params": {"max_new_tokens": asked, "temperature": 0}, "routed_experts_start_len": start}
+    answer = await client.ask("/sglang/generate", body)
+    if answer is None:
+        return "429"
+    client.check_sglang(prompt, asked, start, answer, began)
+    return "200"
+
+
+async def openai(client: Client) -> str:
+    """OpenAI's completions: text only."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    asked = client.chance.randint(1, 60)
+    body = {"model": "dye", "prompt": inputs, "max_tokens": asked, "temperature": 0}
+    answer = await client.ask("/v1/completions", body)
+    if answer is None:
+        return "429"
+    choice, count = answer["choices"][0], answer["usage"]["completion_tokens"]
+    expected = bytes(token for token in client.closed.dye.continuation(prompt[-1], count) if token < 256)
+    if choice["text"] != expected.decode(errors="replace"):
+        raise SoakError(f"{choice['text']!r} is not what the model says")
+    if count != asked and client.aborted_all_at < began:
+        raise SoakError(f"{count} tokens of {asked}, and nobody aborted")
+    client.ledger.tokens += count
+    return "200"
+
+
 async def left(client: Client) -> str:
     """The client goes away before the answer."""
     prompt, inputs = client.prompt()
@@ -265,6 +296,8 @@ KINDS: dict[str, tuple[int, Kind]] = {
     "batch": (8, batched),
     "stop": (8, stopped),
     "score": (6, scored),
+    "sglang": (6, sglang),
+    "openai": (4, openai),
     "leave": (5, left),
     "leave stream": (5, stream_left),
     "abort one": (5, aborted),

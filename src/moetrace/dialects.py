@@ -148,6 +148,11 @@ def to_sglang(trace: RoutingTrace, num_layers: int) -> str:
         MissingRowError: a row was not captured. The payload has no place to say so.
         FormatError: the model's layers have no place in the payload.
     """
+    return _base64(sglang_ids(trace, num_layers))
+
+
+def sglang_ids(trace: RoutingTrace, num_layers: int) -> np.ndarray:
+    """`to_sglang` for who encodes by themselves: `[T, D, K]`, little-endian int32. Raises what it raises."""
     missing = np.flatnonzero(~trace.valid_T)
     if len(missing):
         raise MissingRowError(
@@ -159,7 +164,7 @@ def to_sglang(trace: RoutingTrace, num_layers: int) -> str:
     layers = _own_layers(trace.layout, num_layers)
     ids_TDK = np.zeros((trace.num_rows, num_layers, trace.layout.top_k), "<i4")
     ids_TDK[:, layers] = trace.experts_TLK
-    return _base64(ids_TDK)
+    return ids_TDK
 
 
 def from_sglang(

@@ -15,6 +15,7 @@ from asgi import Call
 from fastapi import FastAPI
 
 from moetrace.server import ServerConfig, run
+from moetrace.server.archive import Archive
 from moetrace.server.bodies import PIECE, Base64, Body, BodyResponse, encode_json
 
 SIZES = [0, 1, 2, 3, 4, PIECE, 3 * PIECE - 1, 3 * PIECE, 3 * PIECE + 1, 7 * PIECE + 5]
@@ -112,7 +113,7 @@ def test_a_server_does_not_look_again_at_what_was_there_when_it_started(monkeypa
     frozen: list[int] = []
     monkeypatch.setattr(run._Server, "run", lambda self: frozen.append(gc.get_freeze_count()))
     app: Any = FastAPI()
-    app.state.requests = None
+    app.state.requests, app.state.archive = None, Archive(ServerConfig())
     try:
         run.serve(app, ServerConfig())
     finally:
