@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,6 +128,24 @@ def test_paused_nothing_runs_new_requests_wait_and_can_be_aborted(engine, client
     for request, count in ((running, 300), (waiting, 3)):
         assert request.result(30)["count_output_tokens"] == count
         assert_rows(request.result())
+
+
+@pytest.mark.parametrize("which", [{"request_ids": ["reading"]}, {"all": True}])
+def test_an_abort_counts_for_a_request_that_is_being_tokenised(client, pool, monkeypatch, which) -> None:
+    reading, goes_on = threading.Event(), threading.Event()
+
+    def slowly(prompts: Any, *_: object) -> Any:
+        reading.set()
+        assert goes_on.wait(30)
+        return prompts
+
+    monkeypatch.setattr("moetrace.server.generation.prompt_tokens", slowly)
+    waiting = start(pool, client, "reading", [7])
+    assert reading.wait(30)
+    assert post(client, "/abort", which)["aborted"] == ["reading"]
+    goes_on.set()
+    assert waiting.result(30)["finish_reason"] == "abort"
+    assert waiting.result()["count_output_tokens"] < 400
 
 
 def test_a_second_request_of_a_running_id_is_refused(engine, client, pool) -> None:

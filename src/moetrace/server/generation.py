@@ -91,6 +91,8 @@ class Generator:
                     on_progress=told,
                 )
             )
+        if running.is_aborted:
+            self.requests.abort([running.request_id])
 
     async def results(self, running: Running, http: Request) -> list[list[GenerateResult]]:
         """Wait for what was queued: the sequences of each prompt.
