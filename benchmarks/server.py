@@ -152,8 +152,9 @@ async def round_of(url: str, prompts: list[str], clients: int, tokens: int, para
                 body = {"inputs": prompts[(number * each + i) % len(prompts)], "parameters": options}
                 try:
                     await (stream if (number + i) % 2 else whole)(client, body, figures)
-                except (httpx.HTTPError, OSError):
+                except (httpx.HTTPError, OSError) as error:
                     figures["lost"] += 1
+                    tqdm.write(f"lost: {error!r}")
 
         began = time.perf_counter()
         await asyncio.gather(*map(one, range(clients)))
