@@ -68,14 +68,10 @@ class Span(TypedDict):
     version: str
 
 
-@closed
-class RoutedExperts(TypedDict):
-    """The routes of one sequence: base64 of ids of type `dtype` in the order of `layout`."""
+class Description(TypedDict):
+    """What is said of routes, however they travel."""
 
     shape: list[int]
-    dtype: IdType
-    data: str
-    layout: AxisOrder
     layers: list[int]
     num_experts: int
     order: Order
@@ -86,6 +82,48 @@ class RoutedExperts(TypedDict):
     weight_spans: list[Span]
     fingerprint: str
     engine: str
+
+
+@closed
+class RoutedExperts(Description):
+    """The routes of one sequence: base64 of ids of type `dtype` in the order of `layout`."""
+
+    dtype: IdType
+    data: str
+    layout: AxisOrder
+
+
+@closed
+class RoutedContainer(Description):
+    """The routes of one sequence: base64 of a container, see docs/format.md."""
+
+    layout: Literal["TLK"]
+    codec: str
+    format: Literal["moetrace"]
+    data: str
+
+
+@closed
+class TraceReference(TypedDict):
+    """A container that the server keeps; `expires_at` is in seconds since 1970, null where no age ends it."""
+
+    id: str
+    path: str
+    num_bytes: int
+    codec: str
+    sha256: str
+    expires_at: float | None
+
+
+@closed
+class RoutedReference(Description):
+    """Where the routes of one sequence are."""
+
+    layout: Literal["TLK"]
+    reference: TraceReference
+
+
+Routes = RoutedExperts | RoutedContainer | RoutedReference
 
 
 @closed
@@ -102,7 +140,7 @@ class GenerateResponse(TypedDict):
     usage: Usage
     tokens: NotRequired[list[Token] | list[list[Token]]]
     prompt_logprobs: NotRequired[list[float | None]]
-    routed_experts: NotRequired[RoutedExperts | list[RoutedExperts]]
+    routed_experts: NotRequired[Routes | list[Routes]]
 
 
 @closed
@@ -120,7 +158,7 @@ class StreamEvent(TypedDict):
     prompt_token_ids: NotRequired[list[int]]
     output_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[list[float | None]]
-    routed_experts: NotRequired[RoutedExperts]
+    routed_experts: NotRequired[Routes]
 
 
 @closed
@@ -181,3 +219,52 @@ class WeightsFacts(TypedDict):
     """The weights in force."""
 
     weight_version: str
+
+
+@closed
+class CaptureChange(TypedDict):
+    """Whether routes are captured now."""
+
+    state: Literal["on", "off", "never"]
+
+
+@closed
+class Capacity(TypedDict):
+    """Room for rows on the engine's device."""
+
+    rows: int
+    bytes: int
+
+
+@closed
+class Captured(TypedDict):
+    """What was returned since the server started; `errors` are sequences whose routes were lost."""
+
+    sequences: int
+    rows: int
+    missing_rows: int
+    errors: int
+
+
+@closed
+class ArchiveFacts(TypedDict):
+    """Traces that are kept for references, what bounds them, and what became of others."""
+
+    traces: int
+    num_bytes: int
+    max_bytes: int
+    max_seconds: float | None
+    deleted: int
+    expired: int
+    evicted: int
+    unfetched: int
+
+
+@closed
+class RoutingFacts(CaptureChange):
+    """Where capture and the archive stand. Without capture `layout`, `capacity` and `captured` are null."""
+
+    layout: LayoutFacts | None
+    capacity: Capacity | None
+    captured: Captured | None
+    archive: ArchiveFacts

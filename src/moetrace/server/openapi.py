@@ -22,6 +22,7 @@ _MEANINGS = {
     404: "It is not there.",
     409: "The X-Request-Id is that of a request under way.",
     413: "The body is too large.",
+    416: "The range begins after the end; Content-Range says how many bytes there are.",
     422: "The body is not JSON, or has wrong types.",
     429: "Too much is under way; Retry-After says when to come again.",
     503: "The engine has stopped, or the server is shutting down.",
