@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moetrace.engines.base import GenerateResult, Generation, Progress, SamplingParams
+from moetrace.engines.base import CaptureState, GenerateResult, Generation, Progress, SamplingParams
 from moetrace.layout import MoeLayout
 from moetrace.server import ServerConfig, create_app, serve
 from moetrace.spans import WeightSpan
@@ -53,7 +53,9 @@ class Clockwork:
     vocab_size = 151_936
     max_model_len = 65_536
     layout: MoeLayout | None = LAYOUT
+    num_layers = LAYOUT.num_layers
     fingerprint: str | None = "clockwork"
+    capture = CaptureState(True, 0, 0, 0, 0, 0, 0)
     weight_version = "0"
     is_paused = False
 

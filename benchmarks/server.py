@@ -47,7 +47,12 @@ ROUTES: dict[str, Figures] = {
     "int32": {"return_routed_experts": True},
     "uint8": {"return_routed_experts": True, "routed_experts_dtype": "uint8", "routed_experts_layout": "TLK"},
 }
-"""Forms of routes, as parameters of a request: none, as documented, and the narrowest without a codec."""
+for _codec in ("raw", "bits", "set"):
+    ROUTES[_codec] = {"return_routed_experts": True, "routed_experts_codec": _codec}
+ROUTES["reference"] = {"return_routed_experts": "reference", "routed_experts_codec": "raw"}
+"""Forms of routes, as parameters of a request: none, as documented, the narrowest without a codec, codecs, and a
+reference, whose bytes are then fetched."""
+LOAD_FORMS = ("without", "int32", "bits")
 LONG_TOKENS = 32_768
 STREAMS = 16
 SETTLE = 0.5
@@ -121,16 +126,17 @@ def load(args: argparse.Namespace) -> Figures:
     with running([*command, "--enable-return-routed-experts"], port) as (url, server):
         asyncio.run(round_of(url, prompts, 16, args.tokens, ROUTES["int32"]))  # warm-up
         for clients in tqdm(args.clients, desc="clients"):
-            rounds: dict[str, list[Figures]] = {name: [] for name in ROUTES}
+            rounds: dict[str, list[Figures]] = {name: [] for name in LOAD_FORMS}
             for _ in range(args.rounds or 3):
-                for name, parameters in ROUTES.items():
+                for name in LOAD_FORMS:
+                    parameters = ROUTES[name]
                     before = (sum(server.cpu_times()[:2]), time.process_time())
                     figures = asyncio.run(round_of(url, prompts, clients, args.tokens, parameters))
                     figures["server_cpu"] = (sum(server.cpu_times()[:2]) - before[0]) / figures["seconds"]
                     figures["client_cpu"] = (time.process_time() - before[1]) / figures["seconds"]
                     rounds[name].append(figures)
             results[str(clients)] = {name: of_rounds(figures) for name, figures in rounds.items()}
-            for name in list(ROUTES)[1:]:
+            for name in LOAD_FORMS[1:]:
                 ratios = [
                     w["tokens"] / w["seconds"] / (o["tokens"] / o["seconds"])
                     for w, o in zip(rounds[name], rounds["without"], strict=True)
@@ -152,8 +158,9 @@ async def round_of(url: str, prompts: list[str], clients: int, tokens: int, para
                 body = {"inputs": prompts[(number * each + i) % len(prompts)], "parameters": options}
                 try:
                     await (stream if (number + i) % 2 else whole)(client, body, figures)
-                except (httpx.HTTPError, OSError):
+                except (httpx.HTTPError, OSError) as error:
                     figures["lost"] += 1
+                    tqdm.write(f"lost: {error!r}")
 
         began = time.perf_counter()
         await asyncio.gather(*map(one, range(clients)))
@@ -287,9 +294,16 @@ def ask_long(port: int, parameters: Figures) -> tuple[float, float, int]:
     response = connection.getresponse()
     while count := response.readinto(buffer):
         num_bytes += count
+    assert response.status == 200, bytes(buffer[:500])
+    if parameters.get("return_routed_experts") == "reference":  # a small answer; then the bytes
+        reference = json.loads(buffer[:num_bytes])["routed_experts"]["reference"]
+        connection.request("GET", reference["path"])
+        response, num_bytes = connection.getresponse(), 0
+        while count := response.readinto(buffer):
+            num_bytes += count
+        assert num_bytes == reference["num_bytes"]
     answered = time.perf_counter()
     connection.close()
-    assert response.status == 200, bytes(buffer[:500])
     return began, answered, num_bytes
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import json
 import time
-from typing import Any
 
 import numpy as np
 import pytest
 from asgi import Call
 from fastapi import FastAPI
 
-from moetrace.server import ServerConfig, run
-from moetrace.server.archive import Archive
 from moetrace.server.bodies import PIECE, Base64, Body, BodyResponse, encode_json
 
 SIZES = [0, 1, 2, 3, 4, PIECE, 3 * PIECE - 1, 3 * PIECE, 3 * PIECE + 1, 7 * PIECE + 5]
@@ -107,15 +103,3 @@ def test_others_run_while_a_large_body_leaves_to_a_client_that_takes_it_at_once(
     worst, turns = asyncio.run(scenario())
     assert turns >= len(base64.b64encode(data)) // PIECE
     assert worst < 0.02  # base64 at once takes 0.05 s and more
-
-
-def test_a_server_does_not_look_again_at_what_was_there_when_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen: list[int] = []
-    monkeypatch.setattr(run._Server, "run", lambda self: frozen.append(gc.get_freeze_count()))
-    app: Any = FastAPI()
-    app.state.requests, app.state.archive = None, Archive(ServerConfig())
-    try:
-        run.serve(app, ServerConfig())
-    finally:
-        gc.unfreeze()
-    assert frozen[0] > 10_000

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,11 +16,17 @@ from moetrace.server.config import ServerConfig
 logger = logging.getLogger(__name__)
 
 
+KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx 5, aiohttp 15), since a request
+that is sent while the server closes is lost, and its client cannot know whether it may send it again."""
+
+
 class _Server(uvicorn.Server):
     """Tells the application of a signal: uvicorn itself only waits."""
 
     def __init__(self, app: FastAPI, config: ServerConfig) -> None:
-        super().__init__(uvicorn.Config(app, host=config.host, port=config.port, log_level="info", access_log=False))
+        options: dict[str, Any] = {"log_level": "info", "access_log": False, "timeout_keep_alive": KEEP_ALIVE}
+        super().__init__(uvicorn.Config(app, host=config.host, port=config.port, **options))
         self._requests, self._seconds = app.state.requests, config.shutdown_seconds
 
     async def startup(self, *args: object, **kwargs: object) -> None:
