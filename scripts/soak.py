@@ -99,6 +99,7 @@ def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         "max-body-bytes": MAX_BODY_BYTES,
         "kv-cache-tokens": 8 * WINDOW,
         "max-running-requests": 32,
+        "archive-bytes": 2 << 20,
         "shutdown-seconds": 2,
     }
     flags = [text for name, value in knobs.items() for text in (f"--{name}", str(value))]

@@ -6,6 +6,7 @@ Axes: V vocabulary, T rows, L MoE layers, K experts per token.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import time
@@ -19,7 +20,9 @@ from dye import Dye
 
 from moetrace.dialects import from_lightllm, from_sglang
 from moetrace.errors import MoetraceError
+from moetrace.format import load
 from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace
 
 WINDOW = 512
 MAX_BODY_BYTES = 65_536
@@ -78,7 +81,7 @@ class Closed:
         """A payload of routes: `rows` rows from `start` on, each as its weight version has it, and if all were
         computed, none missing."""
         try:
-            trace = from_lightllm(payload, tokens)
+            trace = from_lightllm(payload, tokens) if "dtype" in payload else trace_in(payload["data"], tokens)
         except MoetraceError as error:
             raise SoakError(f"a payload that cannot be read: {error}") from error
         if (trace.start, trace.num_rows) != (start, rows) or (computed and trace.num_valid != rows):
@@ -113,6 +116,13 @@ class Closed:
         if not (right[0] | right[1]).all():
             raise SoakError(f"{(~(right[0] | right[1])).sum()} of {trace.num_rows} rows are wrong")
         ledger.rows, ledger.traces = ledger.rows + trace.num_rows, ledger.traces + 1
+
+
+def trace_in(data: str, tokens: list[int]) -> RoutingTrace:
+    """The one trace of a container in base64, recorded on these tokens."""
+    (trace,) = load(base64.b64decode(data, validate=True))
+    trace.require_tokens(tokens, "those of the answer")
+    return trace
 
 
 class Client:
@@ -214,9 +224,7 @@ class Client:
         if reason == "abort" and not own_abort and self.aborted_all_at < began:
             raise SoakError("it was aborted, and nobody had asked for that")
         self.ledger.tokens += len(output)
-        if ("routed_experts" in sequence and sequence["routed_experts"] is not None) != parameters.get(
-            "return_routed_experts", False
-        ):
+        if (sequence.get("routed_experts") is not None) != bool(parameters.get("return_routed_experts")):
             raise SoakError("routes that were asked for are missing, or others came")
         if parameters.get("return_routed_experts"):
             tokens, start = prompt + output, parameters.get("routed_experts_start", 0)

@@ -25,6 +25,7 @@
     │   ├── UnknownModelError      it names a model that is not served
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
+    ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
     ├── ServerError                a server's answer is an error of no kind above, or cannot be understood
     ├── UnreachableError           a server cannot be reached, or gave no whole answer
     ├── RolloutError               a rollout cannot begin or go on as asked
@@ -163,6 +164,10 @@ class DuplicateRequestError(RequestError):
 
 class OverloadedError(RequestError):
     """Too many requests or sequences are under way already."""
+
+
+class DyeError(MoetraceError):
+    """A dye checkpoint cannot be made as asked, or a folder is none."""
 
 
 class ServerError(MoetraceError):

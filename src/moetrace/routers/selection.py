@@ -17,6 +17,8 @@ from moetrace.routers.find import RouterSite
 
 _TOPK = {torch.topk, torch.Tensor.topk}
 _MAX = {torch.max, torch.Tensor.max}
+_SCORED_OF_GROUP = 2
+"""DeepSeek-V3 and its kin rank groups by their two best scores: with one group and K = 2, on `[N, 1, E]`."""
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
 
 
@@ -100,7 +102,10 @@ class SelectionMode(TorchFunctionMode):
 
         Some routers select on `[B, S, E]`; sessions see every selection as `[N, E]` and `[N, K]`.
         """
-        return input.ndim > 1 and input.shape[-1] == self.site.num_experts and k == self.site.top_k and largest
+        if input.ndim < 2 or input.shape[-1] != self.site.num_experts or k != self.site.top_k or not largest:
+            return False
+        ranks_the_one_group = k == _SCORED_OF_GROUP and getattr(self.site.module, "num_group", None) == 1
+        return not (ranks_the_one_group and input.ndim == 3)
 
     def _select(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         scores = args[0] if args else kwargs["input"]
