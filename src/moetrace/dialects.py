@@ -3,7 +3,8 @@
 Today: LightLLM's `/generate` contract, which this project's own server speaks: as first proposed, layer-major
 `{"shape": [L, T, K], "dtype": "int32", "data": base64}`, and as it became later, token-major in narrow integers. Our
 payload adds keys that make it self-describing (`layout`, `layers`, `start`, `valid`, ...); a client that knows only the
-three original ones keeps working.
+three original ones keeps working. And SGLang's: base64 of int32 `[T, D, K]` over all D decoder layers, which says
+nothing of itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moetrace.errors import FormatError, TokenMismatchError
+from moetrace.errors import FormatError, MissingRowError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
 
@@ -119,6 +120,95 @@ def from_lightllm(
             "the payload was recorded on other tokens", expected=payload["token_sha256"], got=trace.token_sha256
         )
     return trace
+
+
+def to_sglang(trace: RoutingTrace, num_layers: int) -> str:
+    """SGLang's payload: `np.frombuffer(b64decode(text), np.int32).reshape(-1, num_layers, K)`; dense layers hold zeros.
+
+    Args:
+        trace: what to write, all of its rows: the receiver must know its `start` (SGLang's `routed_experts_start_len`).
+        num_layers: D, decoder layers of the model, dense ones too.
+
+    Raises:
+        MissingRowError: a row was not captured. The payload has no place to say so.
+        FormatError: the model's layers have no place in the payload.
+    """
+    missing = np.flatnonzero(~trace.valid_T)
+    if len(missing):
+        raise MissingRowError(
+            "SGLang's payload cannot say which rows are missing",
+            expected="every row captured",
+            got=f"{len(missing)} of {trace.num_rows} missing, the first at position {trace.start + missing[0]}",
+            fix="Use /generate, whose payload has a validity bitmap.",
+        )
+    layers = _own_layers(trace.layout, num_layers)
+    ids_TDK = np.zeros((trace.num_rows, num_layers, trace.layout.top_k), "<i4")
+    ids_TDK[:, layers] = trace.experts_TLK
+    return _base64(ids_TDK)
+
+
+def from_sglang(
+    payload: str,
+    tokens: Sequence[int] | np.ndarray,
+    layout: MoeLayout,
+    num_layers: int,
+    *,
+    start: int = 0,
+    order: Literal["rank", "set"] = "rank",
+    fingerprint: str = "",
+    engine: str = "sglang",
+) -> RoutingTrace:
+    """Read SGLang's `meta_info.routed_experts`. All that it does not say must be known from elsewhere.
+
+    Args:
+        payload: base64 of int32 `[T, D, K]`.
+        tokens: prompt and output token ids, P + O of them: T must be P + O - 1 - `start`.
+        layout: the model's layout, `moetrace.layout_of(model)`.
+        num_layers: D, decoder layers of the model, dense ones too.
+        start: `routed_experts_start_len` of the request.
+        order, fingerprint, engine: what the trace is to say of itself.
+
+    Raises:
+        FormatError: it is not base64, or has not exactly that many ids, or a layer that does not route holds an expert.
+        TraceError: an id is out of range or twice in a route (rows that SGLang never wrote hold zeros).
+    """
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise FormatError(f"the payload is not base64 ({error})", expected="meta_info.routed_experts") from error
+    layers, num_rows = _own_layers(layout, num_layers), max(len(tokens) - 1 - start, 0)
+    shape = (num_rows, num_layers, layout.top_k)
+    if start < 0 or len(data) != 4 * math.prod(shape):
+        raise FormatError(
+            "the payload has not one row for each token",
+            expected=f"{num_rows} rows from position {start} on of {num_layers} layers * {layout.top_k} int32",
+            got=f"{len(data)} bytes, {len(data) / (4 * num_layers * layout.top_k):g} rows",
+            fix="Pass all tokens, prompt and output, the request's routed_experts_start_len, and this model's layers.",
+        )
+    ids_TDK = np.frombuffer(data, "<i4").reshape(shape)
+    dense_TDK = np.delete(ids_TDK, layers, axis=1)
+    if not np.isin(dense_TDK, (0, MISSING_ID)).all():
+        raise FormatError(
+            "a layer that does not route names an expert",
+            expected=f"zeros in all layers but {layers}",
+            fix="Pass the layout of the model that made the payload.",
+        )
+    return RoutingTrace.build(
+        ids_TDK[:, layers], layout, tokens, start=start, order=order, fingerprint=fingerprint, engine=engine
+    )
+
+
+def _own_layers(layout: MoeLayout, num_layers: int) -> list[int]:
+    """Where the layers of `layout` are among all `num_layers` decoder layers."""
+    layers = list(layout.layers)
+    if len(set(layers)) != len(layers) or layers[-1] >= num_layers:
+        raise FormatError(
+            "the model's MoE layers have no place in SGLang's payload",
+            expected=f"different decoder layers below {num_layers}",
+            got=layers,
+            fix="Use /generate, whose payload names its layers.",
+        )
+    return layers
 
 
 def _trace_of(

@@ -169,6 +169,8 @@ class Engine(Protocol):
     """Name and version, as traces carry it."""
     vocab_size: int
     max_model_len: int
+    num_layers: int
+    """Decoder layers of the model, dense ones too."""
 
     @property
     def layout(self) -> MoeLayout | None:

@@ -56,6 +56,7 @@ class TransformersEngine:
         self.name = f"transformers {transformers.__version__}"
         text_config = model.config.get_text_config()
         self.vocab_size = text_config.vocab_size
+        self.num_layers: int = text_config.num_hidden_layers
         self._model, self._tokenizer = model, tokenizer
         self._eos_token_ids = loading.eos_token_ids(model)
         window = loading.window_of(text_config, config)
