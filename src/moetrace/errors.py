@@ -23,6 +23,8 @@
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
     ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
+    ├── CheckError                 an engine cannot be tested: it does not answer, or not as its dialect says
+    │   └── LackingError           it has no such feature
     └── MissingExtraError          an optional dependency is not installed
 
 A message says what is wrong, what was expected, what was got and what to do next.
@@ -134,6 +136,14 @@ class OverloadedError(RequestError):
 
 class DyeError(MoetraceError):
     """A dye checkpoint cannot be made as asked, or a folder is none."""
+
+
+class CheckError(MoetraceError):
+    """An engine cannot be tested: it does not answer, or not as its dialect says."""
+
+
+class LackingError(CheckError):
+    """An engine under test, or its dialect, has no such feature."""
 
 
 class MissingExtraError(MoetraceError, ImportError):
