@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from moetrace import __version__
-from moetrace.commands import dye
+from moetrace.commands import check, dye
 from moetrace.commands.files import add_commands
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_commands(commands)
     dye.add_command(commands)
+    check.add_command(commands)
     serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
     serve.set_defaults(run=_serve)
     serve.add_argument("model", help="checkpoint folder")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moetrace.errors import CheckError
 from moetrace.layout import MoeLayout
 from moetrace.trace import Order
 
@@ -58,6 +59,9 @@ class Rows:
         start: what it says of the position of its first row, or None.
         seams: row numbers at which the pieces of a stream join.
         refusal: why the dialect's own strict reader refuses the payload, "" if it reads it, None if there is none.
+
+    Raises:
+        CheckError: the ids have not three axes, or not a mark for each row.
     """
 
     ids_TLK: np.ndarray
@@ -68,6 +72,14 @@ class Rows:
     start: int | None = None
     seams: tuple[int, ...] = ()
     refusal: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids_TLK.ndim != 3 or self.valid_T.shape != self.ids_TLK.shape[:1]:
+            raise CheckError(
+                "the rows are in no form that can be judged",
+                expected="ids [T, L, K] and marks [T]",
+                got=f"{self.ids_TLK.shape} and {self.valid_T.shape}",
+            )
 
 
 @dataclass(frozen=True)

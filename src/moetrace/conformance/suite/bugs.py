@@ -17,7 +17,10 @@ class Bug(Enum):
         member.about = about
         return member
 
-    LAST_ROW = "last row missing", "the rows end one early: the row of the token that was sampled last but one is not there"
+    LAST_ROW = (
+        "last row missing",
+        "the rows end one early: the row of the token that was sampled last but one is not there",
+    )
     PROMPT_ROW = "last prompt row missing", "the row between prefill and decode is not there"
     TRUNCATED = "truncated", "rows are missing at the end"
     HEAD = "first rows missing", "rows are missing at the beginning, as when a cached prefix brings none"
@@ -48,7 +51,10 @@ class Bug(Enum):
     TOKENS = "wrong tokens", "the next token is not the one that the checkpoint's weights give"
     FINISH = "wrong finish", "the answer ended for another reason, or with another number of tokens, than it had to"
     UNSTABLE = "not deterministic", "the same request had two answers"
-    PAYLOAD = "payload refused", "the ids are right, but what the payload says of them is not: a strict reader refuses it"
+    PAYLOAD = (
+        "payload refused",
+        "the ids are right, but what the payload says of them is not: a strict reader refuses it",
+    )
     ERROR = "request failed", "the engine answered with an error, or not at all"
     UNKNOWN = "unexplained", "rows are wrong in no way that is known here"
 
@@ -92,7 +98,9 @@ class Finding:
             where.append(f"position {self.position}")
         if self.layer is not None:
             where.append(f"layer {self.layer}")
-        facts = [f"{name} {value}" for name, value in (("expected", self.expected), ("got", self.got)) if value is not None]
+        facts = [
+            f"{name} {value}" for name, value in (("expected", self.expected), ("got", self.got)) if value is not None
+        ]
         looks = f"looks like {self.bug.value}" + (f" ({self.detail})" if self.detail else "")
         looks += f", {self.place}" if self.place else ""
         return ": ".join(part for part in (", ".join(where), ", ".join(facts), looks) if part)

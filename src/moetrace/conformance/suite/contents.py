@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moetrace.conformance.suite.bugs import Bug
-from moetrace.conformance.suite.scene import UNKNOWN_TOKEN, Scene, wrong_layers
+from moetrace.conformance.suite.scene import UNKNOWN_TOKEN, Scene, right_rows, wrong_layers
 
 _SHIFTS = [sign * by for by in range(1, 9) for sign in (1, -1)]
 _ROUNDS = 4
@@ -34,7 +34,8 @@ Hypothesis = Callable[[Scene, np.ndarray], Iterator[Guess]]
 
 def explain_contents(scene: Scene) -> list[Guess]:
     """What the wrong rows of a scene look like; every wrong row is in one guess."""
-    left_T, guesses = scene.wrong_T.copy(), []
+    left_T = scene.wrong_T.copy()
+    guesses: list[Guess] = []
     for _ in range(_ROUNDS):
         if not left_T.any():
             return guesses
@@ -73,7 +74,7 @@ def _axes(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
 
 def _rank(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     if scene.ordered:
-        yield Guess(Bug.RANK_LOST, "", ~wrong_layers(scene.want_TLK, scene.got_TLK, False).any(axis=1) & left_T)
+        yield Guess(Bug.RANK_LOST, "", right_rows(scene.want_TLK, scene.got_TLK, False) & left_T)
 
 
 def _versions(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
@@ -126,10 +127,10 @@ def _shifts(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
         inside = (there >= 0) & (there < len(scene.tokens))
         token_T = np.where(inside, scene.tokens[np.clip(there, 0, len(scene.tokens) - 1)], UNKNOWN_TOKEN - 1)
         rows_T = (seen_T == token_T) & left_T
-        if rows_T.sum() < 2 and len(left_T) > 1:
+        if rows_T.sum() < 2 and len(left_T) > 2:
             continue  # one row that equals its neighbour is no shift
         first = int(np.flatnonzero(rows_T)[0]) if rows_T.any() else 0
-        if by < 0 and first > -by and rows_T[first:].all():
+        if by < 0 and first > -by and (rows_T | ~scene.wrong_T)[first:].all():
             yield Guess(Bug.DUPLICATED, f"{-by} before position {place[first]}, and all later rows moved on", rows_T)
         yield Guess(Bug.SHIFTED, f"row t holds the route of token t {'+' if by > 0 else '-'} {abs(by)}", rows_T)
 
@@ -144,7 +145,9 @@ def _samples(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
 def _others(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     seen_T, place = scene.seen_T, scene.start + np.arange(len(left_T))
     known = np.flatnonzero(left_T & (seen_T != UNKNOWN_TOKEN))
-    found = scene.book.find([(int(place[row]), int(seen_T[row])) for row in known], scene.number)
+    seen = [(int(place[row]), int(seen_T[row])) for row in known]
+    cached = bool(len(known)) and place[known[-1]] < scene.cached
+    found = scene.book.find(seen, scene.number, past=cached)
     if found is None:
         return
     other, offset = found
@@ -155,11 +158,9 @@ def _others(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     chance = min(len(scene.book.sequences) / scene.form.vocab_size, 1.0) ** int(rows_T.sum())
     if chance > 0.01:
         return
-    past = other.ended < scene.began
+    past = other.ended is not None and other.ended < scene.began
     at = "" if offset == 0 else f", from {abs(offset)} positions {'further on' if offset > 0 else 'before'}"
-    yield Guess(
-        Bug.STALE_PREFIX if past else Bug.OTHER_SEQUENCE, f"rows of sequence {other.number}{at}", rows_T
-    )
+    yield Guess(Bug.STALE_PREFIX if past else Bug.OTHER_SEQUENCE, f"rows of sequence {other.number}{at}", rows_T)
 
 
 def _repeated(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
@@ -178,32 +179,53 @@ def _layers(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     if layers < 2:
         return
     want_TLK, got_TLK = scene.want_TLK[left_T], scene.got_TLK[left_T]
-    source = []
+    source: list[int | None] = []
     for layer in range(layers):
         held = [
             float((~wrong_layers(want_TLK[:, [m]], got_TLK[:, [layer]], scene.ordered)).mean()) for m in range(layers)
         ]
         own_first = sorted(range(layers), key=lambda m: (-held[m], m != layer))
-        if held[own_first[0]] < 0.9:
+        nothing = bool((got_TLK[:, layer] == got_TLK[0, layer, 0]).all())
+        if held[own_first[0]] < 0.9 and not nothing:
             return
-        source.append(own_first[0])
-    if source == list(range(layers)):
+        source.append(None if nothing else own_first[0])
+    filled = [i for i in range(layers) if source[i] is not None]
+    if all(source[i] == i for i in filled):
         return
-    mapped = ~wrong_layers(scene.want_TLK[:, source], scene.got_TLK, scene.ordered).any(axis=1)
-    yield Guess(Bug.LAYER_MAP, _layer_words(source, scene.form.layers), mapped)
+    taken = [int(source[i] or 0) for i in filled]
+    mapped_T = right_rows(scene.want_TLK[:, taken], scene.got_TLK[:, filled], scene.ordered)
+    yield Guess(Bug.LAYER_MAP, _layer_words(source, scene.form.layers), mapped_T)
 
 
-def _layer_words(source: list[int], names: tuple[int, ...]) -> str:
+def _layer_words(source: list[int | None], names: tuple[int, ...]) -> str:
     layers = len(source)
     moved = [i for i in range(layers) if source[i] != i]
     if source == list(range(layers))[::-1] and layers > 2:
         return "in reverse"
     if len(moved) == 2 and source[moved[0]] == moved[1] and source[moved[1]] == moved[0]:
         return f"layers {names[moved[0]]} and {names[moved[1]]} are swapped"
-    by = (source[0]) % layers
-    if by and source == [(i + by) % layers for i in range(layers)]:
-        return f"each layer holds the one {by} places on, round in a circle"
-    return ", ".join(f"layer {names[i]} holds {names[source[i]]}" for i in moved[:4]) + (" ..." if len(moved) > 4 else "")
+    words = [f"layer {names[i]} holds {'nothing' if source[i] is None else names[source[i] or 0]}" for i in moved]
+    return ", ".join(words[:4]) + (" ..." if len(words) > 4 else "")
+
+
+def _some_layers(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
+    """Only some layers are wrong: never written, or moved by themselves, as by a draft head that has their number."""
+    some_L = scene.wrong_TL[left_T].any(axis=0)
+    if some_L.all():
+        return
+    got_TLK = scene.got_TLK[:, some_L]
+    first_T = got_TLK[:, 0, 0]
+    constant_T = (got_TLK == first_T[:, None, None]).all(axis=(1, 2))
+    if got_TLK.shape[1] * got_TLK.shape[2] > 1:
+        yield Guess(Bug.ZEROS, "", constant_T & (first_T == 0))
+    place = scene.start + np.arange(len(left_T))
+    for by in _SHIFTS:
+        inside = (place + by >= 0) & (place + by < len(scene.tokens))
+        tokens = scene.tokens[np.clip(place + by, 0, len(scene.tokens) - 1)]
+        moved_TLK = scene.form.routes(tokens)[:, some_L].astype(np.int64)
+        rows_T = inside & right_rows(moved_TLK, got_TLK, scene.ordered) & left_T
+        if rows_T.sum() > 1 or len(left_T) <= 2:
+            yield Guess(Bug.SHIFTED, f"row t holds the route of token t {'+' if by > 0 else '-'} {abs(by)}", rows_T)
 
 
 _NARROW: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = (
@@ -218,9 +240,7 @@ _NARROW: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = (
 def _overflow(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     want_TLK = scene.want_TLK.astype(np.int64)
     for name, narrow in _NARROW:
-        yield Guess(
-            Bug.OVERFLOW, f"ids {name}", ~wrong_layers(narrow(want_TLK), scene.got_TLK, scene.ordered).any(axis=1)
-        )
+        yield Guess(Bug.OVERFLOW, f"ids {name}", right_rows(narrow(want_TLK), scene.got_TLK, scene.ordered))
 
 
 def _local(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
@@ -228,11 +248,12 @@ def _local(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
         share = scene.form.num_experts // ranks
         if share * ranks == scene.form.num_experts and share > 1:
             local_TLK = scene.want_TLK.astype(np.int64) % share
-            rows_T = ~wrong_layers(local_TLK, scene.got_TLK, scene.ordered).any(axis=1)
+            rows_T = right_rows(local_TLK, scene.got_TLK, scene.ordered)
             yield Guess(Bug.SHARD, f"ids within one of {ranks} ranks of {share} experts each", rows_T)
 
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
-    _axes, _rank, _versions, _half, _filler, _samples, _shifts, _others, _repeated, _layers, _overflow, _local,
+    _axes, _rank, _versions, _half, _filler, _samples, _shifts, _others, _repeated, _layers, _some_layers, _overflow,
+    _local,
 )  # fmt: skip
 """From the simplest to the strangest. Renumbered ids need more rows than one answer has: see `renumbering`."""

@@ -26,7 +26,9 @@ class Count(NamedTuple):
 def explain_count(scene: Scene) -> Count:
     """The explanation under which most rows are the right ones, the earlier one if two do."""
     want, got = len(scene.want_TLK), len(scene.got_TLK)
-    explanations = _fewer(scene, scene.seen_T, scene.right_T) if got < want else _more(scene, scene.seen_T, scene.right_T)
+    explanations = (
+        _fewer(scene, scene.seen_T, scene.right_T) if got < want else _more(scene, scene.seen_T, scene.right_T)
+    )
     best = max(explanations, key=lambda count: count.score, default=None)
     if best is None or best.score < _LEAST:
         return Count(Bug.UNKNOWN, "their number and their content", 0, None)
@@ -110,11 +112,13 @@ def _in_order(seen: np.ndarray, right: np.ndarray) -> list[int]:
 
 
 def _overlaps(scene: Scene, seen: np.ndarray, right: np.ndarray) -> int | None:
-    """Where the first piece begins that repeats rows, if every piece is a run of the right rows and none leaves a gap."""
+    """Where the first piece begins that repeats rows, if all pieces are runs of the right rows and leave no gap."""
     end, first = 0, None
     for piece in np.split(seen, list(scene.seams)):
         begins = [
-            at for at in range(end + 1) if at + len(piece) <= len(right) and (right[at : at + len(piece)] == piece).all()
+            at
+            for at in range(end + 1)
+            if at + len(piece) <= len(right) and (right[at : at + len(piece)] == piece).all()
         ]
         if not begins:
             return None

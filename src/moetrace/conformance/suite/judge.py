@@ -12,7 +12,7 @@ from moetrace.conformance.suite.bugs import Bug, Finding
 from moetrace.conformance.suite.contents import explain_contents
 from moetrace.conformance.suite.counting import explain_count
 from moetrace.conformance.suite.places import place_of
-from moetrace.conformance.suite.scene import Asked, Book, Reader, Scene, wrong_layers
+from moetrace.conformance.suite.scene import Asked, Book, Reader, Scene, right_rows, wrong_layers
 
 
 @dataclass
@@ -82,9 +82,7 @@ def judge(
     if missing_T.any():
         place = place_of(missing_T, ask.start, lengths[0], ask.cached)
         first = ask.start + int(np.flatnonzero(missing_T)[0])
-        findings.append(
-            replace(about, bug=Bug.MISSING, rows=int(missing_T.sum()), position=first, place=place)
-        )
+        findings.append(replace(about, bug=Bug.MISSING, rows=int(missing_T.sum()), position=first, place=place))
         if len(got_TLK) == len(want_TLK):
             got_TLK = np.where(missing_T[:, None, None], want_TLK, got_TLK)
     scene = Scene(
@@ -132,9 +130,7 @@ def _tokens(form: DyeForm, ask: Ask, answer: Answer, about: Finding) -> list[Fin
     return findings
 
 
-def _shape(
-    form: DyeForm, rows: Rows, want_TLK: np.ndarray, about: Finding
-) -> tuple[np.ndarray | None, list[Finding]]:
+def _shape(form: DyeForm, rows: Rows, want_TLK: np.ndarray, about: Finding) -> tuple[np.ndarray | None, list[Finding]]:
     """The ids as `[T, L, K]` of the MoE layers where that can be made of them, and what is wrong with their shape."""
     ids, layers, top_k = rows.ids_TLK, len(form.layers), form.top_k
     findings = []
@@ -166,10 +162,10 @@ def _switched(world: World, want_TLK: np.ndarray, got_TLK: np.ndarray, tokens: n
     if world.coming is None or len(got_TLK) != len(want_TLK):
         return want_TLK
     newer_TLK = world.coming.routes(tokens).astype(np.int64)
-    old_T = ~wrong_layers(want_TLK, got_TLK, False).any(axis=1)
-    new_T = ~wrong_layers(newer_TLK, got_TLK, False).any(axis=1)
+    old_T = right_rows(want_TLK, got_TLK, False)
+    new_T = right_rows(newer_TLK, got_TLK, False)
     right = np.concatenate([[0], np.cumsum(old_T)]) + np.concatenate([np.cumsum(new_T[::-1])[::-1], [0]])
-    at = int(right.argmax())
+    at = len(right) - 1 - int(right[::-1].argmax())
     return np.concatenate([want_TLK[:at], newer_TLK[at:]])
 
 
@@ -194,7 +190,8 @@ def _of_contents(scene: Scene, about: Finding) -> tuple[list[Finding], tuple[np.
         partly = scene.wrong_TL[guess.rows_T].any(axis=0)
         place = place_of(guess.rows_T, scene.start, scene.prompt_length, scene.cached)
         if not partly.all():
-            place += f", layers {', '.join(str(scene.form.layers[i]) for i in np.flatnonzero(partly))} only"
+            layers = ", ".join(str(scene.form.layers[i]) for i in np.flatnonzero(partly))
+            place = ", ".join(part for part in (place, f"layers {layers} only") if part)
         findings.append(
             replace(
                 about,

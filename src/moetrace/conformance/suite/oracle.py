@@ -18,7 +18,7 @@ class Oracle:
     """Answers every request as an engine without a fault would."""
 
     dialect = "in process"
-    window = None
+    window: int | None = None
 
     def __init__(self, form: DyeForm, name: str = "oracle") -> None:
         self.name, self.form = name, form

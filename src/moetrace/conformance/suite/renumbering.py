@@ -58,7 +58,9 @@ def _words(maps: list[dict[int, int]], num_experts: int) -> str:
     if len(offsets) == 1:
         return f"every id is {offsets.pop():+d}"
     joint: dict[int, int] = {}
-    one = all(joint.setdefault(expert, number) == number for renumbered in maps for expert, number in renumbered.items())
+    one = all(
+        joint.setdefault(expert, number) == number for renumbered in maps for expert, number in renumbered.items()
+    )
     top = max(number for renumbered in maps for number in renumbered.values())
     return ("one renumbering for all layers" if one else "a renumbering in each layer") + (
         f", up to {top} of {num_experts} experts" if top >= num_experts else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -142,7 +142,9 @@ class Report:
                 failure = ElementTree.SubElement(case, "failure", type=bugs, message=f"{len(check.findings)}: {bugs}")
                 failure.text = _printable("\n".join(finding.line() for finding in check.findings))
         if self.untestable:
-            case = ElementTree.SubElement(suite, "testcase", classname="moetrace.check", name="the engine can be tested")
+            case = ElementTree.SubElement(
+                suite, "testcase", classname="moetrace.check", name="the engine can be tested"
+            )
             ElementTree.SubElement(case, "error", message=_printable(self.untestable))
         for name, status in (("failures", "failed"), ("skipped", "skipped")):
             suite.set(name, str(sum(check.status == status for check in self.checks)))

@@ -21,7 +21,10 @@ from moetrace.errors import CheckError, DyeError, LackingError
 Progress = Callable[[str], None]
 """Told of every answer: the name of its check."""
 
-_PAYLOADS_WHY = "Every payload is read by the dialect's strict reader: its shape, type, marks and hashes are what they say."
+_LEAST_TOKENS = 512
+_PAYLOADS_WHY = (
+    "Every payload is read by the dialect's strict reader: its shape, type, marks and hashes are what they say."
+)
 
 
 def check_engine(
@@ -91,65 +94,58 @@ async def run_suite(
         cases: which checks.
         progress: told of every answer, by the name of its check.
     """
-    about = (
-        f"{form.architecture}, {len(form.layers)} of {form.num_layers} layers, {form.top_k} of {form.num_experts} "
-        f"experts, {form.vocab_size} tokens"
-    )
     session = Session(subject, form, plan, newer, progress)
-    report = Report(subject.name, subject.dialect, about, plan.seed)
+    report = Report(subject.name, subject.dialect, form.words, plan.seed)
     try:
         await _probe(session)
     except CheckError as error:
         return replace(report, untestable=str(error))
-    tallies, reasons, seconds = [], [], []
+    tallies: list[Tally] = []
     for case in cases:
         session.begin(case.name)
-        began, reason = time.perf_counter(), ""
+        tallies.append(session.tally)
+        began = time.perf_counter()
         try:
             await case.run(session)
         except LackingError as error:
-            reason = str(error)
+            session.tally.reason = str(error)
         except CheckError as error:
             session.find(Finding("", Bug.ERROR, str(error)))
-        tallies.append(session.tally)
-        reasons.append(reason)
-        seconds.append(time.perf_counter() - began)
+        session.tally.seconds = time.perf_counter() - began
     name_renumbered(tallies, form.num_experts)
-    results = [
-        _result(case.name, case.why, *facts) for case, *facts in zip(cases, tallies, reasons, seconds, strict=True)
-    ]
-    results.append(
-        _result(
-            PAYLOADS,
-            _PAYLOADS_WHY,
-            session.payloads,
-            "" if session.payloads.sequences else "there are arrays, and no payloads",
-            0.0,
-        )
-    )
-    return replace(report, checks=tuple(results))
+    results = [_result(case.name, case.why, tally) for case, tally in zip(cases, tallies, strict=True)]
+    if not session.payloads.sequences:
+        session.payloads.reason = "there are arrays here, and no payloads that a strict reader knows"
+    return replace(report, checks=(*results, _result(PAYLOADS, _PAYLOADS_WHY, session.payloads)))
 
 
-def _result(name: str, why: str, tally: Tally, reason: str, seconds: float) -> CheckResult:
+def _result(name: str, why: str, tally: Tally) -> CheckResult:
     return CheckResult(
         name=name,
         why=why,
-        status="failed" if tally.findings else "skipped" if reason else "passed",
+        status="failed" if tally.findings else "skipped" if tally.reason else "passed",
         sequences=tally.sequences,
         rows=tally.rows,
         missing=tally.missing,
         findings=tuple(tally.findings),
         notes=tuple(tally.notes),
-        reason=reason,
-        seconds=seconds,
+        reason=tally.reason,
+        seconds=tally.seconds,
     )
 
 
 async def _probe(session: Session) -> None:
     """Raise `CheckError` where testing would say nothing: no answers, no routes, or another model."""
+    if session.max_tokens < _LEAST_TOKENS:
+        raise CheckError(
+            "the longest sequence is too short to test with",
+            expected=f"at least {_LEAST_TOKENS} tokens",
+            got=session.max_tokens,
+            fix="Write a dye with a longer --window, or raise --max-tokens.",
+        )
     session.begin("probe")
     try:
-        answers = await session.one(Ask(session.tokens(8), 8))
+        answers = await session.one(Ask(session.tokens(8), 8), optional=True)
     except LackingError as error:
         raise CheckError(f"a plain request is refused ({error.what})", got=error.got, fix=error.fix) from error
     if not answers:

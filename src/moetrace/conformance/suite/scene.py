@@ -37,12 +37,12 @@ class Reader:
 
 @dataclass
 class Asked:
-    """A sequence that was asked for: its tokens, and between which two ticks of the run it was under way."""
+    """A sequence of the run: its tokens so far, and between which two ticks it is under way (to None: it still is)."""
 
     number: int
     tokens: np.ndarray
     began: int
-    ended: int
+    ended: int | None = None
 
 
 @dataclass
@@ -52,20 +52,29 @@ class Book:
     sequences: dict[int, Asked] = field(default_factory=dict)
     _places: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, sequence: Asked) -> None:
-        """Keep a sequence that has ended."""
-        self.sequences[sequence.number] = sequence
-        for position, token in enumerate(sequence.tokens.tolist()):
-            self._places[token].append((sequence.number, position))
+    def add(self, asked: Asked) -> None:
+        """Keep a sequence, or what has become of it."""
+        known = self.sequences.get(asked.number)
+        self.sequences[asked.number] = asked
+        for position in range(0 if known is None else len(known.tokens), len(asked.tokens)):
+            self._places[int(asked.tokens[position])].append((asked.number, position))
 
-    def find(self, seen: Sequence[tuple[int, int]], besides: int) -> tuple[Asked, int] | None:
-        """The sequence, and by how many places it is off, that explains most of `seen` (position, token)."""
+    def find(self, seen: Sequence[tuple[int, int]], besides: int, past: bool) -> tuple[Asked, int] | None:
+        """The sequence, and by how many places it is off, that explains most of `seen` (position, token).
+
+        Of several the one in its own place, then one that has ended or, by `past`, one that is still under way.
+        """
         votes: Counter[tuple[int, int]] = Counter()
         for position, token in seen[:64]:
             votes.update((number, at - position) for number, at in self._places.get(token, ()) if number != besides)
         if not votes:
             return None
-        (number, offset), _ = max(votes.items(), key=lambda vote: (vote[1], vote[0][1] == 0, vote[0][0]))
+
+        def merit(vote: tuple[tuple[int, int], int]) -> tuple[int, bool, bool, int]:
+            (number, offset), count = vote
+            return count, offset == 0, (self.sequences[number].ended is not None) == past, number
+
+        (number, offset), _ = max(votes.items(), key=merit)
         return self.sequences[number], offset
 
 
@@ -120,7 +129,7 @@ class Scene:
     @cached_property
     def wrong_T(self) -> np.ndarray:
         """Which rows are wrong."""
-        return self.wrong_TL.any(axis=1)
+        return ~right_rows(self.want_TLK, self.got_TLK, self.ordered)
 
 
 def wrong_layers(want_TLK: np.ndarray, got_TLK: np.ndarray, ordered: bool) -> np.ndarray:
@@ -128,3 +137,8 @@ def wrong_layers(want_TLK: np.ndarray, got_TLK: np.ndarray, ordered: bool) -> np
     if not ordered:
         want_TLK, got_TLK = np.sort(want_TLK), np.sort(got_TLK)
     return (want_TLK != got_TLK).any(axis=2)
+
+
+def right_rows(want_TLK: np.ndarray, got_TLK: np.ndarray, ordered: bool) -> np.ndarray:
+    """`[T]`: which rows are right in all layers."""
+    return np.all(~wrong_layers(want_TLK, got_TLK, ordered), axis=1)

@@ -51,8 +51,10 @@ class Plan:
 
 @dataclass
 class Tally:
-    """What one check came to."""
+    """What one check came to; `reason` is why it was skipped."""
 
+    reason: str = ""
+    seconds: float = 0.0
     sequences: int = 0
     rows: int = 0
     missing: int = 0
@@ -112,17 +114,24 @@ class Session:
         """Keep a finding that is not of one answer alone."""
         self.tally.findings.append(replace(finding, check=self.check))
 
-    async def one(self, ask: Ask) -> list[Answer]:
-        """Ask, wait, judge; none came where the list is empty."""
-        return (await self.all([ask]))[0]
+    async def one(self, ask: Ask, *, optional: bool = False) -> list[Answer]:
+        """As `all`, for one."""
+        return (await self.all([ask], optional=optional))[0]
 
-    async def all(self, asks: Sequence[Ask]) -> list[list[Answer]]:
-        """Ask all at once, as many in flight as the plan allows; answers in the order of `asks`.
+    async def all(self, asks: Sequence[Ask], *, optional: bool = False) -> list[list[Answer]]:
+        """Ask all at once, as many in flight as the plan allows, and judge.
+
+        Args:
+            asks: the requests.
+            optional: an engine may lack this; else a refusal is a finding.
+
+        Returns:
+            The answers, in the order of `asks`; none for a request that failed.
 
         Raises:
             LackingError: the engine or its dialect has no such feature; the answers of the others are judged.
         """
-        done = await asyncio.gather(*(self._ask(ask) for ask in asks), return_exceptions=True)
+        done = await asyncio.gather(*(self._ask(ask, optional) for ask in asks), return_exceptions=True)
         lacking = None
         for result in done:
             if isinstance(result, LackingError):
@@ -133,32 +142,33 @@ class Session:
             raise lacking
         return [result for result in done if not isinstance(result, BaseException)]
 
-    async def _ask(self, ask: Ask) -> list[Answer]:
+    async def _ask(self, ask: Ask, optional: bool) -> list[Answer]:
         async with self._gate:
             self._ticks += 1
-            began, form = self._ticks, self.form
+            began, form, number = self._ticks, self.form, self._sequences
+            self._sequences += ask.n
+            self.world.book.add(Asked(number, np.array(ask.prompt, np.int64), began))
             try:
                 async with asyncio.timeout(self.plan.timeout):
                     answers = list(await self.subject.ask(ask))
-            except LackingError:
-                raise
             except (CheckError, TimeoutError) as error:
+                if optional and isinstance(error, LackingError):
+                    raise
                 what = str(error) or f"no answer in {self.plan.timeout:g} seconds"
                 self.find(Finding(self.check, Bug.ERROR, what, lengths=(len(ask.prompt), ask.max_new_tokens)))
                 return []
             self._ticks += 1
-            self._judge(ask, answers, form, began)
+            self._judge(ask, answers, form, number, began)
             self._progress(self.check)
             return answers
 
-    def _judge(self, ask: Ask, answers: list[Answer], form: DyeForm, began: int) -> None:
+    def _judge(self, ask: Ask, answers: list[Answer], form: DyeForm, number: int, began: int) -> None:
         if len(answers) != ask.n:
             got = f"{len(answers)} sequences"
             self.find(Finding(self.check, Bug.SAMPLES, expected=f"{ask.n} sequences", got=got))
         tokens = [np.array([*ask.prompt, *answer.output], np.int64) for answer in answers]
-        for which, answer in enumerate(answers):
-            asked = Asked(self._sequences, tokens[which], began, self._ticks)
-            self._sequences += 1
+        for which, answer in enumerate(answers[: ask.n]):
+            asked = Asked(number + which, tokens[which], began, self._ticks)
             siblings = tuple(other for i, other in enumerate(tokens) if i != which)
             self._count(judge(self.world, form, ask, answer, asked, siblings, self.check))
             self.world.book.add(asked)

@@ -102,7 +102,7 @@ def require_ok(path: str, response: httpx.Response) -> None:
         told = response.text
     for key in ("error", "message", "detail"):
         told = told[key] if isinstance(told, dict) and key in told else told
-    what = f"{path} answers {response.status_code}: {str(told)[:300]}"
+    what = f"{path} answers {response.status_code}: {str(told)[:300].rstrip('.')}"
     raise LackingError(what) if response.is_client_error else CheckError(what)
 
 
@@ -112,5 +112,7 @@ def field(answer: Any, path: str, *keys: str | int) -> Any:
         try:
             answer = answer[key]
         except (KeyError, IndexError, TypeError) as error:
-            raise CheckError(f"the answer of {path} has no {'.'.join(map(str, keys))}", got=str(answer)[:200]) from error
+            raise CheckError(
+                f"the answer of {path} has no {'.'.join(map(str, keys))}", got=str(answer)[:200]
+            ) from error
     return answer

@@ -67,7 +67,9 @@ def rows_of_vllm(payload: Any, tokens: Sequence[int], form: DyeForm, start: int)
     except (TypeError, ValueError, EOFError, binascii.Error) as error:
         raise CheckError("routed_experts cannot be read", expected="base64 of a .npy file", got=repr(error)) from error
     if array.ndim != 3 or array.dtype.kind not in "iu":
-        raise CheckError("routed_experts has another form", expected="[T, L, K] integers", got=f"{array.shape} {array.dtype}")
+        raise CheckError(
+            "routed_experts has another form", expected="[T, L, K] integers", got=f"{array.shape} {array.dtype}"
+        )
     ids_TLK = array.astype(np.int64)
     return Rows(ids_TLK, ~(ids_TLK == -1).all(axis=(1, 2)), all_layers=True)
 

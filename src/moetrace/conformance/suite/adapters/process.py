@@ -48,16 +48,22 @@ def rows_of(trace: RoutingTrace, seams: tuple[int, ...] = ()) -> Rows:
 class FunctionSubject:
     """A function, plain (then called in a thread) or async."""
 
-    dialect, window = "in process", None
+    dialect = "in process"
+    window: int | None = None
 
     def __init__(self, function: Callable[[Ask], Any]) -> None:
         self.name, self._function = getattr(function, "__name__", type(function).__name__), function
 
     async def ask(self, ask: Ask) -> Sequence[Answer]:
         """See `Subject`."""
-        if inspect.iscoroutinefunction(self._function):
-            return await self._function(ask)
-        return await asyncio.to_thread(self._function, ask)
+        try:
+            if inspect.iscoroutinefunction(self._function):
+                return await self._function(ask)
+            return await asyncio.to_thread(self._function, ask)
+        except CheckError:
+            raise
+        except Exception as error:
+            raise CheckError("the function failed", got=repr(error)) from error
 
     async def update_weights(self, folder: str, version: str) -> None:
         """Functions cannot."""
@@ -71,6 +77,7 @@ class EngineSubject:
     """An engine that keeps moetrace's contract, without a server."""
 
     dialect = "in process"
+    window: int | None
 
     def __init__(self, engine: Engine) -> None:
         self.name, self.window, self._engine = engine.name, engine.max_model_len, engine
@@ -99,9 +106,7 @@ class EngineSubject:
             raise CheckError(str(error)) from error
         return [_answer(result, pieces) for result in results]
 
-    async def _follow(
-        self, ask: Ask, generation: Generation, told: asyncio.Queue[list[int]]
-    ) -> list[RoutingTrace]:
+    async def _follow(self, ask: Ask, generation: Generation, told: asyncio.Queue[list[int]]) -> list[RoutingTrace]:
         """Read rows while the request runs, or abort it; returns the pieces that were read."""
         pieces: list[RoutingTrace] = []
         done = asyncio.ensure_future(asyncio.wait([asyncio.wrap_future(future) for future in generation.futures]))

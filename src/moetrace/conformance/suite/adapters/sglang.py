@@ -58,7 +58,8 @@ class SGLangSubject(HttpSubject):
 
     async def _stream(self, ask: Ask, body: dict[str, Any]) -> Answer:
         """The last event has the routes; its tokens are all, or the last ones only, by the server's settings."""
-        name, tokens, last, told = uuid.uuid4().hex, [], None, False
+        name, last, told = uuid.uuid4().hex, None, False
+        tokens: list[int] = []
         async for event in self.events(_PATH, body | {"stream": True, "rid": name}):
             if "error" in event:
                 raise CheckError("the stream ended with an error", got=event["error"])
