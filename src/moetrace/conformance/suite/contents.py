@@ -105,7 +105,7 @@ def _half(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
             continue
         ids_TLK = scene.got_TLK[part_T]
         other_TLK = scene.got_TLK[~part_T][: len(ids_TLK)]
-        if (ids_TLK == ids_TLK[:1]).all() or (ids_TLK[: len(other_TLK)] == other_TLK).all():
+        if (ids_TLK == ids_TLK[0, 0, 0]).all() or (ids_TLK[: len(other_TLK)] == other_TLK).all():
             yield Guess(Bug.SHARD, f"{name} was not written", part_T)
             return
 
@@ -136,7 +136,7 @@ def _shifts(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
 
 
 def _samples(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
-    for which, tokens in enumerate(scene.siblings):
+    for which, tokens in scene.siblings.items():
         padded = np.full(scene.start + len(left_T), UNKNOWN_TOKEN - 1)
         padded[: len(tokens)] = tokens[: len(padded)]
         yield Guess(Bug.SAMPLES, f"rows of sample {which}", scene.seen_T == padded[scene.start :])
@@ -155,7 +155,8 @@ def _others(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
     inside = (there >= 0) & (there < len(other.tokens))
     token_T = np.where(inside, other.tokens[np.clip(there, 0, len(other.tokens) - 1)], UNKNOWN_TOKEN - 1)
     rows_T = (seen_T == token_T) & left_T
-    chance = min(len(scene.book.sequences) / scene.form.vocab_size, 1.0) ** int(rows_T.sum())
+    tries = len(scene.book.sequences) if offset == 0 else scene.book.num_tokens
+    chance = min(tries / scene.form.vocab_size, 1.0) ** int(rows_T.sum())
     if chance > 0.01:
         return
     past = other.ended is not None and other.ended < scene.began
@@ -253,7 +254,7 @@ def _local(scene: Scene, left_T: np.ndarray) -> Iterator[Guess]:
 
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
-    _axes, _rank, _versions, _half, _filler, _samples, _shifts, _others, _repeated, _layers, _some_layers, _overflow,
+    _axes, _rank, _versions, _half, _filler, _samples, _shifts, _repeated, _others, _layers, _some_layers, _overflow,
     _local,
 )  # fmt: skip
 """From the simplest to the strangest. Renumbered ids need more rows than one answer has: see `renumbering`."""

@@ -67,12 +67,12 @@ def _more(scene: Scene, seen: np.ndarray, right: np.ndarray) -> Iterator[Count]:
     if first and extra == first:
         yield Count(Bug.OFFSET, f"rows from position 0 on instead of {first}", _alike(seen, scene.tokens[:got]), first)
     if scene.seams and (end := _overlaps(scene, seen, right)) is not None:
-        yield Count(Bug.OVERLAP, f"{extra} rows come twice", 1.0, first + end)
+        yield Count(Bug.OVERLAP, f"{extra} too many", 1.0, first + end)
     leading, trailing = _leading(seen[:want], right), _leading(seen[::-1][:want], right[::-1])
     if leading + trailing >= want:
         block, before = seen[leading : leading + extra], seen[max(leading - extra, 0) : leading]
         if leading and len(block) == len(before) and (block == before).all():
-            yield Count(Bug.DUPLICATED, f"{extra} of them", 1.0, first + leading)
+            yield Count(Bug.DUPLICATED, f"{extra} too many", 1.0, first + leading)
         if want == leading:
             following = scene.tokens[first + want : first + want + 1]
             never = extra == 1 and (block == following).all() and len(following)

@@ -46,7 +46,7 @@ class Judgement:
 
 
 def judge(
-    world: World, form: DyeForm, ask: Ask, answer: Answer, asked: Asked, siblings: tuple[np.ndarray, ...], check: str
+    world: World, form: DyeForm, ask: Ask, answer: Answer, asked: Asked, siblings: dict[int, np.ndarray], check: str
 ) -> Judgement:
     """Judge one sequence.
 
@@ -55,7 +55,7 @@ def judge(
         form: the weights in force when it was asked.
         ask, answer: the request, and one of its answers.
         asked: the sequence.
-        siblings: tokens of the request's other samples.
+        siblings: tokens of the request's other samples, by their number.
         check: name of the check.
     """
     lengths = (len(ask.prompt), len(answer.output))

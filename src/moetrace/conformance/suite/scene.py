@@ -59,6 +59,11 @@ class Book:
         for position in range(0 if known is None else len(known.tokens), len(asked.tokens)):
             self._places[int(asked.tokens[position])].append((asked.number, position))
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all of them."""
+        return sum(len(asked.tokens) for asked in self.sequences.values())
+
     def find(self, seen: Sequence[tuple[int, int]], besides: int, past: bool) -> tuple[Asked, int] | None:
         """The sequence, and by how many places it is off, that explains most of `seen` (position, token).
 
@@ -92,7 +97,7 @@ class Scene:
         want_TLK, got_TLK: rows as they should be and as they came; of the same L and K.
         seams: where the pieces of a stream join.
         began: tick at which it was asked.
-        siblings: tokens of the other samples of its request.
+        siblings: tokens of the other samples of its request, by their number.
         book: the other sequences.
     """
 
@@ -107,7 +112,7 @@ class Scene:
     got_TLK: np.ndarray
     seams: tuple[int, ...]
     began: int
-    siblings: tuple[np.ndarray, ...]
+    siblings: dict[int, np.ndarray]
     book: Book
     ordered: bool
 

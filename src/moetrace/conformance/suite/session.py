@@ -169,7 +169,7 @@ class Session:
         tokens = [np.array([*ask.prompt, *answer.output], np.int64) for answer in answers]
         for which, answer in enumerate(answers[: ask.n]):
             asked = Asked(number + which, tokens[which], began, self._ticks)
-            siblings = tuple(other for i, other in enumerate(tokens) if i != which)
+            siblings = {i: other for i, other in enumerate(tokens) if i != which}
             self._count(judge(self.world, form, ask, answer, asked, siblings, self.check))
             self.world.book.add(asked)
             if answer.rows is not None and answer.rows.refusal is not None:
