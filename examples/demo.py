@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from tqdm import tqdm
 
 import moetrace
-from moetrace.dialects import from_lightllm
+from moetrace.client import Completion
+from moetrace.errors import UnreachableError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCURRENCY = 32
@@ -43,8 +43,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = args.prompt_file.read_text().splitlines()[: args.prompts]
     with serving(args.model, args.out / "server.log") as url:
-        responses = asyncio.run(roll_out(url, prompts, args.new_tokens))
-    save_rollout(responses, args.out)
+        completions = asyncio.run(roll_out(url, prompts, args.new_tokens))
+    save_rollout(completions, args.out)
     trainer = [sys.executable, str(ROOT / "examples/trainer.py"), "--model", args.model, "--rollout", str(args.out)]
     if (code := subprocess.run(trainer, check=False).returncode) != 0:
         return code
@@ -74,55 +74,44 @@ def serving(model: str, log_path: Path) -> Iterator[str]:
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, log_path: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+    client, deadline = moetrace.Client(url, timeout=2), time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise SystemExit(f"the server stopped with code {server.returncode}:\n{log_path.read_text()[-2000:]}")
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+            if client.health():
                 return
-        except httpx.TransportError:
+        except UnreachableError:
             time.sleep(0.1)
     raise SystemExit(f"the server was not ready after {seconds:.0f} s; see {log_path}")
 
 
-async def roll_out(url: str, prompts: list[str], new_tokens: int) -> list[dict]:
-    """All prompts, up to `CONCURRENCY` at a time; responses in the order of the prompts."""
-    parameters = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "max_new_tokens": new_tokens,
-        "return_details": True,
-        "return_routed_experts": True,
-    }
+async def roll_out(url: str, prompts: list[str], new_tokens: int) -> list[Completion]:
+    """All prompts, up to `CONCURRENCY` at a time; completions in the order of the prompts."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+    async with moetrace.AsyncClient(url) as client:
         with tqdm(total=len(prompts), desc="[2/3] rolling out", unit="sequence") as progress:
 
-            async def one(prompt: str) -> dict:
+            async def one(prompt: str) -> Completion:
                 async with gate:
-                    response = await client.post("/generate", json={"inputs": prompt, "parameters": parameters})
-                response.raise_for_status()
+                    (completion,) = await client.generate(prompt, do_sample=True, max_new_tokens=new_tokens)
                 progress.update()
-                return response.json()
+                return completion
 
             return await asyncio.gather(*map(one, prompts))
 
 
-def save_rollout(responses: list[dict], folder: Path) -> None:
+def save_rollout(completions: list[Completion], folder: Path) -> None:
     """What a trainer needs: the traces (with their token ids), prompt lengths, and the log-probabilities."""
-    traces = [
-        from_lightllm(response["routed_experts"], response["prompt_token_ids"] + response["output_token_ids"])
-        for response in responses
-    ]
+    traces = [completion.trace for completion in completions if completion.trace is not None]
     moetrace.save_file(traces, folder / "traces.safetensors")
     rollout = [
         {
-            "prompt_tokens": response["prompt_tokens"],
-            "text": response["generated_text"][0],
-            "logprobs": [token["logprob"] for token in response["tokens"]],
+            "prompt_tokens": len(completion.prompt_tokens),
+            "text": completion.text,
+            "logprobs": completion.logprobs,
         }
-        for response in responses
+        for completion in completions
     ]
     (folder / "rollout.json").write_text(json.dumps(rollout, indent=1))
 

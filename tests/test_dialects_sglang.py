@@ -72,7 +72,8 @@ def test_what_is_written_is_read_back(trace: RoutingTrace, more: int) -> None:
         with pytest.raises(MissingRowError):
             to_sglang(trace, num_layers)
     else:
-        tokens = np.append(trace.tokens[: trace.stop], 7) if trace.tokens is not None else None
+        assert trace.tokens is not None
+        tokens = np.append(trace.tokens[: trace.stop], 7)
         facts: dict[str, Any] = {"order": trace.order, "fingerprint": trace.fingerprint, "engine": trace.engine}
         read = from_sglang(to_sglang(trace, num_layers), tokens, trace.layout, num_layers, start=trace.start, **facts)
         np.testing.assert_array_equal(read.experts_TLK, trace.experts_TLK)

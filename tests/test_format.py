@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from traces import EDGE_EXPERTS, assert_contract, make_trace, routing_traces, sha256_of
 
 from moetrace import codecs
+from moetrace.container.envelope import write_envelope
 from moetrace.format import KEY, VERSION, load, load_file, open_file, save, save_file
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
@@ -355,3 +357,20 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         save_file(TRACE, tmp_path / "rollout.moetrace")
     assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["experts", "tokens", "valid", "10.experts", "2.experts", "Ω"]),
+            st.sampled_from([np.uint8, np.uint16, np.uint32]),
+            st.lists(st.integers(0, 4), min_size=1, max_size=3),
+        ),
+        max_size=6,
+        unique_by=lambda item: item[0],
+    ),
+    st.text(max_size=40),
+)
+def test_the_envelope_is_what_the_safetensors_library_writes(tensors: list, text: str) -> None:
+    arrays = {name: np.arange(math.prod(shape)).astype(dtype).reshape(shape) for name, dtype, shape in tensors}
+    assert write_envelope(arrays, text) == safetensors.numpy.save(arrays, metadata={"moetrace": text})

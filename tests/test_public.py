@@ -15,6 +15,8 @@ from moetrace import errors
 PUBLIC = [
     "__version__",
     "errors",
+    "AsyncClient",
+    "Client",
     "MoeLayout",
     "RoutingComparison",
     "RoutingTrace",
@@ -33,6 +35,7 @@ PUBLIC = [
     "token_sha256",
 ]
 NEEDS_TORCH = ["layout_of", "record", "replay"]
+NEEDS_HTTPX = ["AsyncClient", "Client"]
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass)]
 
 
@@ -69,7 +72,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 
 def test_the_core_imports_neither_torch_nor_transformers_nor_pydantic() -> None:
-    core = [name for name in PUBLIC if name not in NEEDS_TORCH]
+    core = [name for name in PUBLIC if name not in NEEDS_TORCH + NEEDS_HTTPX]
     lines = run(
         "import sys, moetrace\n"
         "heavy = ('torch', 'transformers', 'pydantic', 'fastapi', 'httpx', 'fsspec', 'pyarrow', 'backports', 'tqdm')\n"
@@ -115,6 +118,7 @@ def test_a_missing_extra_is_named_with_its_pip_command(blocker: str) -> None:
     ("module", "use", "message"),
     [
         ("fsspec", "open_store('s3://bucket/x')", "fsspec is not installed. Run: pip install 'moetrace[stores]'"),
+        ("httpx", "moetrace.AsyncClient", "httpx is not installed. Run: pip install 'moetrace[client]'"),
         ("pyarrow", "import moetrace.tables", "pyarrow is not installed. Run: pip install 'moetrace[tables]'"),
         (
             "torch",

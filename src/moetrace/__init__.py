@@ -1,6 +1,6 @@
 """moetrace: record the experts a Mixture-of-Experts model chose at rollout, and replay them in training.
 
-Importing this package imports numpy and safetensors only; names that need torch load it when they are first used.
+Importing this package imports numpy only; names that need torch load it when they are first used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "moetrace.client",
+    "Client": "moetrace.client",
     "MoeLayout": "moetrace.layout",
     "RoutingTrace": "moetrace.trace",
     "WeightSpan": "moetrace.spans",
@@ -53,6 +55,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from moetrace import errors as errors
+    from moetrace.client import AsyncClient as AsyncClient
+    from moetrace.client import Client as Client
     from moetrace.comparison import RoutingComparison as RoutingComparison
     from moetrace.comparison import compare as compare
     from moetrace.comparison import extreme_token_ratio as extreme_token_ratio

@@ -7,16 +7,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from pathlib import Path
 
 from moetrace import __version__
 from moetrace.commands import check, dye
 from moetrace.commands.files import add_commands
+from moetrace.commands.knobs import add_knobs, knobs_of
+from moetrace.commands.rollout import add_rollout
 from moetrace.engines.base import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 from moetrace.server.config import ServerConfig
-
-_TYPES = {"int": int, "int | None": int, "float": float, "str": str, "str | None": str}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,21 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moetrace {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_commands(commands)
+    add_rollout(commands)
     dye.add_command(commands)
     check.add_command(commands)
     serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
     serve.set_defaults(run=_serve)
     serve.add_argument("model", help="checkpoint folder")
-    for knob in (*fields(ServerConfig), *fields(EngineConfig)):
-        # LightLLM spells its flags with underscores; both spellings work.
-        names = [f"--{knob.name.replace('_', '-')}"]
-        names += [f"--{knob.name}"] if "_" in knob.name else []
-        if knob.type == "bool":
-            action = argparse.BooleanOptionalAction if knob.default else "store_true"
-            serve.add_argument(*names, action=action, default=knob.default, help=knob.metadata["help"])
-        else:
-            kind = _TYPES[str(knob.type)]
-            serve.add_argument(*names, type=kind, default=knob.default, help=knob.metadata["help"])
+    add_knobs(serve, ServerConfig)
+    add_knobs(serve, EngineConfig)
     return parser
 
 
@@ -64,9 +57,10 @@ def _serve(args: argparse.Namespace) -> int:
         raise MissingExtraError.of(error, "server") from error
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)
+    args.served_model_name = args.served_model_name or Path(args.model).expanduser().resolve().name
     args.api_key = args.api_key or os.environ.get("MOETRACE_API_KEY") or None
-    server_config = ServerConfig(**{knob.name: getattr(args, knob.name) for knob in fields(ServerConfig)})
-    config = EngineConfig(**{knob.name: getattr(args, knob.name) for knob in fields(EngineConfig)})
+    server_config = ServerConfig(**knobs_of(args, ServerConfig))
+    config = EngineConfig(**knobs_of(args, EngineConfig))
     engine = TransformersEngine.load(args.model, config)
     if not engine.is_driver:  # under torchrun, rank 0 serves
         engine.close()

@@ -51,15 +51,28 @@ def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType
     Raises:
         FormatError: the model's expert ids do not fit `dtype`.
     """
+    facts, ids = lightllm_parts(trace, layout=layout, dtype=dtype)
+    return facts | {"data": _base64(ids)}
+
+
+def lightllm_parts(
+    trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType = "int32"
+) -> tuple[dict[str, Any], np.ndarray]:
+    """`to_lightllm` for who encodes by themselves: the payload with None as `data`, and the ids, in C order.
+
+    Raises:
+        FormatError: the model's expert ids do not fit `dtype`.
+    """
     require_id_type(trace.layout, dtype)
-    ids = trace.experts_TLK.astype(np.dtype(dtype).newbyteorder("<"))
-    ids[~trace.valid_T] = _missing(dtype)
-    if layout == "LTK":
-        ids = ids.transpose(1, 0, 2)
-    return {
+    ids = trace.experts_TLK.transpose(1, 0, 2) if layout == "LTK" else trace.experts_TLK
+    missing_T = ~trace.valid_T
+    ids = ids.astype(np.dtype(dtype).newbyteorder("<"), order="C", copy=bool(missing_T.any()))
+    if missing_T.any():
+        ids[(slice(None), missing_T) if layout == "LTK" else missing_T] = _missing(dtype)
+    facts = {
         "shape": list(ids.shape),
         "dtype": dtype,
-        "data": _base64(ids),
+        "data": None,
         "layout": layout,
         "layers": list(trace.layout.layers),
         "num_experts": trace.layout.num_experts,
@@ -72,6 +85,7 @@ def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType
         "fingerprint": trace.fingerprint,
         "engine": trace.engine,
     }
+    return facts, ids
 
 
 def from_lightllm(

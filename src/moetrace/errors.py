@@ -20,11 +20,15 @@
     │   └── WeightsError           new weights do not fit the running model; the old ones stay
     ├── RequestError               one request cannot be served as asked; the engine goes on
     │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── UnknownModelError      it names a model that is not served
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
     ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
     ├── CheckError                 an engine cannot be tested: it does not answer, or not as its dialect says
     │   └── LackingError           it has no such feature
+    ├── ServerError                a server's answer is an error of no kind above, or cannot be understood
+    ├── UnreachableError           a server cannot be reached, or gave no whole answer
+    ├── RolloutError               a rollout cannot begin or go on as asked
     └── MissingExtraError          an optional dependency is not installed
 
 A message says what is wrong, what was expected, what was got and what to do next.
@@ -119,11 +123,31 @@ class WeightsError(EngineError):
 
 
 class RequestError(MoetraceError):
-    """One request cannot be served as asked; the engine goes on."""
+    """One request cannot be served as asked; the engine goes on.
+
+    Args:
+        param: name of the request's field that is to blame, where one is; `what` says it too.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(what, expected=expected, got=got, fix=fix)
+        self.param = param
 
 
 class CaptureOffError(RequestError):
     """A request asks for routes, but the engine was started without capture."""
+
+
+class UnknownModelError(RequestError):
+    """A request names a model that is not served."""
 
 
 class DuplicateRequestError(RequestError):
@@ -144,6 +168,24 @@ class CheckError(MoetraceError):
 
 class LackingError(CheckError):
     """An engine under test, or its dialect, has no such feature."""
+
+
+class ServerError(MoetraceError):
+    """A server's answer is an error of a kind that is not known here, or cannot be understood.
+
+    Attributes:
+        status: of the response, or None.
+    """
+
+    status: int | None = None
+
+
+class UnreachableError(MoetraceError):
+    """A server cannot be reached, or gave no whole answer."""
+
+
+class RolloutError(MoetraceError):
+    """A rollout cannot begin or go on as asked."""
 
 
 class MissingExtraError(MoetraceError, ImportError):

@@ -15,12 +15,10 @@ import numpy as np
 
 from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatchError
 from moetrace.layout import MoeLayout, as_int, require_text
-from moetrace.sorting import ascending, first_repeat
+from moetrace.sorting import ascending
 from moetrace.spans import WeightSpan, cut_spans, joined_spans
 from moetrace.tokens import first_difference, require_token_ids, token_sha256
-
-_CHECKED_IDS = 1 << 17
-"""Ids that are checked at once, so that checking a trace takes little memory beside it."""
+from moetrace.validity import require_valid
 
 Order = Literal["rank", "set"]
 
@@ -93,7 +91,9 @@ class RoutingTrace:
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
             )
         valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else np.asarray(valid_T, dtype=bool)
-        if valid_T.shape == experts_TLK.shape[:1]:  # otherwise __post_init__ says what is wrong
+        if (
+            valid_T.shape == experts_TLK.shape[:1] and not valid_T.all()
+        ):  # other shapes: __post_init__ says what is wrong
             experts_TLK = np.where(valid_T[:, None, None], experts_TLK, 0)
         if experts_TLK.size and not 0 <= experts_TLK.min() <= experts_TLK.max() < layout.num_experts:
             row, layer, rank = np.argwhere((experts_TLK < 0) | (experts_TLK >= layout.num_experts))[0]
@@ -105,10 +105,10 @@ class RoutingTrace:
             )
         tokens = require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
-            experts_TLK=experts_TLK.astype(layout.dtype),
+            experts_TLK=_frozen(experts_TLK.astype(layout.dtype, order="C")),
             valid_T=valid_T,
             layout=layout,
-            tokens=tokens,
+            tokens=_frozen(tokens),
             num_tokens=len(tokens),
             token_sha256=token_sha256(tokens),
             start=start,
@@ -126,75 +126,8 @@ class RoutingTrace:
         for name in ("experts_TLK", "valid_T", "tokens"):
             array = getattr(self, name)
             if array is not None and (array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous)):
-                array = np.array(array, order="C")
-                array.flags.writeable = False
-                object.__setattr__(self, name, array)
-        self._check_arrays()
-        self._check_tokens()
-        self._check_spans()
-        if self.order not in ("rank", "set"):
-            raise InvalidTraceError("order is unknown", expected="'rank' or 'set'", got=repr(self.order))
-
-    def _check_arrays(self) -> None:
-        experts_TLK, valid_T, layout = self.experts_TLK, self.valid_T, self.layout
-        if valid_T.dtype != np.bool_ or valid_T.ndim != 1:
-            raise InvalidTraceError("valid_T must be [T] bool", got=f"shape {valid_T.shape}, dtype {valid_T.dtype}")
-        shape = (len(valid_T), layout.num_layers, layout.top_k)
-        if experts_TLK.shape != shape or experts_TLK.dtype != layout.dtype:
-            raise InvalidTraceError(
-                "experts_TLK does not fit its layout and valid_T",
-                expected=f"shape {shape}, dtype {layout.dtype}",
-                got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
-                fix="Axes are [T, L, K], token-major; use RoutingTrace.build to narrow other integer dtypes.",
-            )
-        if experts_TLK.size and int(experts_TLK.max()) >= layout.num_experts:
-            raise InvalidTraceError(
-                "an expert id is out of range", expected=f"id < {layout.num_experts}", got=int(experts_TLK.max())
-            )
-        step = max(1, _CHECKED_IDS // (layout.num_layers * layout.top_k))
-        for first in range(0, len(valid_T), step):
-            self._check_rows(first, first + step)
-
-    def _check_rows(self, first: int, stop: int) -> None:
-        experts_TLK, valid_T, layout = self.experts_TLK[first:stop], self.valid_T[first:stop], self.layout
-        if not valid_T.all():
-            if experts_TLK[~valid_T].any():
-                raise InvalidTraceError("rows that are not valid must hold zeros", expected="0", got="other ids")
-            experts_TLK = experts_TLK[valid_T]
-        repeat = first_repeat(experts_TLK.reshape(-1, layout.top_k))
-        if repeat is not None:
-            valid_row, layer = divmod(repeat, layout.num_layers)
-            row = first + np.flatnonzero(valid_T)[valid_row]
-            raise InvalidTraceError(
-                f"row {row}, layer {layout.layers[layer]} names one expert twice",
-                expected=f"{layout.top_k} distinct ids",
-                got=experts_TLK[valid_row, layer].tolist(),
-                fix="A row that was not captured must be marked in valid_T, not filled.",
-            )
-
-    def _check_tokens(self) -> None:
-        if self.tokens is not None:
-            require_token_ids(self.tokens)
-        if self.tokens is not None and len(self.tokens) != self.num_tokens:
-            raise InvalidTraceError(
-                "num_tokens is not the number of tokens", expected=len(self.tokens), got=self.num_tokens
-            )
-        if self.tokens is not None and token_sha256(self.tokens) != self.token_sha256:
-            raise InvalidTraceError("token_sha256 is not the hash of the tokens", got=self.token_sha256)
-        if self.start < 0 or self.stop > self.num_tokens:
-            raise InvalidTraceError(
-                "a trace has more rows than tokens",
-                expected=f"start + T <= {self.num_tokens} tokens, start >= 0",
-                got=f"start {self.start} + T {self.num_rows}",
-                fix="P prompt and O generated tokens give P + O - 1 rows.",
-            )
-
-    def _check_spans(self) -> None:
-        starts = [span.start for span in self.weight_spans]
-        if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= max(self.num_rows, 1)):
-            raise InvalidTraceError(
-                "weight_spans must begin at row 0 and ascend", expected=f"0 < ... < {self.num_rows}", got=starts
-            )
+                object.__setattr__(self, name, _frozen(np.array(array, order="C")))
+        require_valid(self)
 
     @property
     def num_rows(self) -> int:
@@ -251,6 +184,8 @@ class RoutingTrace:
                 expected=f"{self.start} <= start <= stop <= {self.stop}",
                 got=f"{start}, {stop}",
             )
+        if (start, stop) == (self.start, self.stop):
+            return self
         first, last = start - self.start, stop - self.start
         return replace(
             self,
@@ -371,3 +306,9 @@ class RoutingTrace:
                 got=f"token {tokens[position]}",
                 fix="Pass the traces in the order of the sequences, and the token ids that the engine returned.",
             )
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    """An array of our own, from now on read-only."""
+    array.flags.writeable = False
+    return array

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 
 from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.errors import EngineError
+from moetrace.errors import EngineError, RequestError
 
 KNOBS: dict[str, Any] = {"enable_return_routed_experts": True, "device": "cpu", "dtype": "float32", "page_size": 16}
 
@@ -27,15 +29,32 @@ def serve(engine: TransformersEngine) -> dict[str, Any]:
         prompt = (prefix if number % 2 else []) + rng.integers(0, 96, int(rng.integers(2, 30))).tolist()
         running.append(engine.submit(prompt, SamplingParams(10, n=1 + number % 2), return_routes=True))
     endless = engine.submit([1, 2, 3], SamplingParams(400), return_routes=True)
+    hot = SamplingParams(20, do_sample=True, temperature=1e6, top_p=0.1)
+    running += [engine.submit([7, 8], replace(hot, seed=seed), return_routes=True) for seed in (None, 3)]
     results = [result for generation in running for result in generation.results(120)]
     engine.abort(endless.request_id)
     refused = []
-    for call in (engine.pause, lambda: engine.update_weights({}, "1")):
+    score = partial(engine.submit, [1, 2], SamplingParams(0), return_prompt_logprobs=True)
+    for call in (engine.pause, lambda: engine.update_weights({}, "1"), score):
         try:
             call()
-        except EngineError as error:
+        except (EngineError, RequestError) as error:
             refused.append(str(error))
     return {"results": [facts(result) for result in [*results, endless.result(120)]], "refused": refused}
+
+
+def keep_samples(engine: TransformersEngine) -> list[list[int]]:
+    """A list that grows by what this rank samples in each step."""
+    samples, io = list[list[int]](), engine._manager.batch_processor.inputs_and_outputs
+    own = io.prepare_batch_update
+
+    def keep() -> Any:
+        requests, tokens, logprobs = own()
+        samples.append(tokens[: sum(request.has_new_token for request in requests)])
+        return requests, tokens, logprobs
+
+    io.prepare_batch_update = keep
+    return samples
 
 
 def facts(result: GenerateResult) -> dict[str, Any]:
@@ -52,6 +71,7 @@ def facts(result: GenerateResult) -> dict[str, Any]:
 if __name__ == "__main__":
     checkpoint, plan, out = sys.argv[1:]
     engine = TransformersEngine.load(checkpoint, EngineConfig(**KNOBS, kv_cache_tokens=2048, parallel=plan))
+    samples = keep_samples(engine)
     if engine.is_driver:
         Path(out).write_text(json.dumps(serve(engine)))
     else:
@@ -59,4 +79,5 @@ if __name__ == "__main__":
         with pytest.raises(EngineError, match="rank 0"):
             engine.submit([1], SamplingParams(1))
     engine.close()
+    Path(out).with_suffix(f".{dist.get_rank()}.samples").write_text(json.dumps(samples))
     dist.destroy_process_group()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,11 +47,30 @@ def test_every_row_is_right_on_a_gpu(attention: str, knobs: dict[str, Any]) -> N
     for i in range(120):
         prompt = (prefix if i % 2 else []) + rng.integers(0, dye.vocab, int(rng.integers(1, 400))).tolist()
         sampling = SamplingParams(int(rng.integers(1, 120)), do_sample=bool(i % 3), n=1 + i % 3)
-        futures += engine.submit(prompt, sampling, return_routes=True).futures
+        if i % 5 == 0:  # steps of several kinds side by side: each has CUDA graphs of its own, or none
+            sampling = SamplingParams(0)
+        elif i % 5 == 1:
+            sampling = replace(sampling, do_sample=True, seed=i, temperature=50.0)
+        futures += engine.submit(
+            prompt, sampling, return_routes=True, return_prompt_logprobs=i % 2 == 0 or sampling.is_scoring
+        ).futures
     for future in futures:
         result = future.result(timeout=120)
         tokens = result.prompt_tokens + result.output_tokens
         assert result.trace is not None
         assert result.trace.valid_T.all()
-        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens[:-1]))
+        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens)[: result.trace.num_rows])
+        assert result.trace.num_rows == len(tokens) - bool(result.output_tokens)
+        if result.prompt_logprobs is not None:
+            assert_scored(dye, result.prompt_tokens, result.prompt_logprobs)
+    drawn = [engine.submit([7], SamplingParams(50, do_sample=True, temperature=50.0, seed=1)) for _ in range(40)]
+    assert len({tuple(generation.result(60).output_tokens) for generation in drawn}) == 1
     engine.close()
+
+
+def assert_scored(dye: Dye, prompt: list[int], logprobs: list[float | None]) -> None:
+    """Its logits are 4 sqrt(V) at the token that follows, and 0 elsewhere."""
+    logit = 4 * math.sqrt(dye.vocab)
+    follows = [after == (token + 1) % dye.vocab for token, after in pairwise(prompt)]
+    assert logprobs[0] is None
+    np.testing.assert_allclose(np.array(logprobs[1:], float), [logit * right - logit for right in follows], atol=1.0)

@@ -20,9 +20,12 @@ def test_rank_0_records_the_logical_ids_of_every_row(plan: str, tmp_path: Path) 
     dye.model().save_pretrained(tmp_path / "dye")
     run_two_ranks(WORKER, tmp_path / "dye", plan, tmp_path / "out.json")
     seen = json.loads((tmp_path / "out.json").read_text())
-    assert [result["reason"] for result in seen["results"]] == ["length"] * 12 + ["abort"]
+    assert [result["reason"] for result in seen["results"]] == ["length"] * 14 + ["abort"]
     for result in seen["results"]:
         assert result["valid"]
         np.testing.assert_array_equal(result["experts"], dye.routes(result["tokens"][:-1]))
-    assert len(seen["refused"]) == 2
+    assert len(seen["refused"]) == 3
     assert all("parallel" in refusal for refusal in seen["refused"])
+    mine, others = (json.loads((tmp_path / f"out.{rank}.samples").read_text()) for rank in range(2))
+    assert mine == others, "the ranks went on with different tokens"
+    assert sum(map(len, mine)) > 120

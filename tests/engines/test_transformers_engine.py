@@ -361,7 +361,7 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_engine_goes_on(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("max_new_tokens", -3), ("temperature", 0.0), ("top_p", 1.5), ("top_k", 0)],
+    [("max_new_tokens", -3), ("seed", 2**63), ("temperature", 0.0), ("top_p", 1.5), ("top_k", 0)],
 )
 def test_sampling_parameters_out_of_range_are_refused(name, value) -> None:
     with pytest.raises(RequestError, match=f"{name} is out of range"):

@@ -53,6 +53,7 @@ def test_the_documented_client_prints_an_LTK_shape_with_either_spelling_of_the_f
     layers, rows, top_k = eval(printed)
     assert (layers, top_k) == (4, 4)
     assert 13 <= rows <= 13 + 100 - 1  # the model may end its sentence early
+    assert [model["id"] for model in requests.get(f"{url}/v1/models").json()["data"]] == ["tiny-qwen3-moe"]
 
 
 def test_a_signal_ends_the_server_after_its_requests_are_answered() -> None:

@@ -200,7 +200,7 @@ def test_an_abort_before_the_first_token_ends_the_stream_without_one(engine) -> 
         (["A"], {}, "a stream has one prompt: expected text, or a list of token ids, got a list of 1 prompts"),
         ("", {}, "the prompt is empty"),
         ("A", {"return_routed_experts": False, "routed_experts_every": 3}, "routes that were not asked for"),
-        ("A", {"seed": 3}, "'seed' is not supported"),
+        ("A", {"presence_penalty": 3}, "'presence_penalty' is not supported"),
         ("A", {"max_new_tokens": 600}, "does not fit the model's window"),
     ],
 )

@@ -8,9 +8,10 @@ import json
 import logging
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+from moetrace.commands.knobs import add_knobs, knobs_of
 from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.suite.cases import CASES
 from moetrace.conformance.suite.report import Report
@@ -35,17 +36,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--dialect", choices=DIALECTS, default="auto", help="what the server speaks (%(default)s)")
     parser.add_argument("--api-key", help="key of the server; default: $MOETRACE_API_KEY, or none")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the requests, and no long prompts")
-    for name, about in (
-        ("requests", "requests of the check under load"),
-        ("in-flight", "most requests at once"),
-        ("max-tokens", "longest sequence, prompt and output; never above the model's window"),
-        ("flood-tokens", "tokens that are sent to push a prefix out of the cache"),
-        ("pressure", "long outputs at once, to make the engine preempt"),
-        ("pressure-tokens", "tokens of each of them"),
-        ("seed", "of the prompts"),
-    ):
-        parser.add_argument(f"--{name}", type=int, help=f"{about} (%s)" % getattr(Plan, name.replace("-", "_")))
-    parser.add_argument("--timeout", type=float, help=f"seconds until a request is lost ({Plan.timeout:g})")
+    add_knobs(parser, Plan)
+    parser.set_defaults(**{knob.name: None for knob in fields(Plan)})  # by --quick and the checkpoint's window
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML too")
 
@@ -67,8 +59,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     if config.is_file():
         window = json.loads(config.read_text()).get("max_position_embeddings", plan.max_tokens)
         plan = replace(plan, max_tokens=min(plan.max_tokens, window))
-    given = {name: getattr(args, name, None) for name in vars(plan)}
-    return replace(plan, **{name: value for name, value in given.items() if value is not None})
+    return replace(plan, **{name: value for name, value in knobs_of(args, Plan).items() if value is not None})
 
 
 async def _run(args: argparse.Namespace, form: DyeForm, newer: tuple[str, DyeForm, str] | None, plan: Plan) -> Report:
@@ -77,7 +68,7 @@ async def _run(args: argparse.Namespace, form: DyeForm, newer: tuple[str, DyeFor
 
         from moetrace.conformance.suite.adapters.opening import open_subject
     except ModuleNotFoundError as error:
-        raise MissingExtraError.of(error, "check") from error
+        raise MissingExtraError.of(error, "client") from error
     key = args.api_key or os.environ.get("MOETRACE_API_KEY") or None
     try:
         subject = await open_subject(args.url, form, args.dialect, key)

@@ -1,7 +1,8 @@
 """The safetensors file around our tensors: its header read and checked, its tensors read one by one.
 
-Writing is the safetensors library's. Reading is here because the library reads whole files from memory or local paths,
-and a trace must be had from the middle of a file in a store; the tests hold both readers against each other.
+It is written and read here, not by the safetensors library: that copies a large tensor three times to write it, and
+reads whole files from memory or local paths, where a trace must be had from the middle of a file in a store. The tests
+hold both writers and both readers against each other, byte for byte.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,25 @@ KEY = "moetrace"
 DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 HEADER_SHARE = 32
 """A parsed header takes up to so many times its own length, so its length is at most this part of the limit."""
+
+
+def write_envelope(tensors: Mapping[str, np.ndarray], text: str) -> bytes:
+    """A safetensors file, the bytes that the library would write: largest dtype first, then by name.
+
+    Args:
+        tensors: of the types in `DTYPES`.
+        text: the value of the metadata key "moetrace".
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {KEY: text}}
+    blobs, offset = [], 0
+    for name, array in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        blobs.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        spec = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
+        header[name], offset = spec, offset + array.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *blobs])
 
 
 class Source(Protocol):

@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import safetensors.numpy
 
 from moetrace import codecs
 from moetrace.codecs.packing import pack
-from moetrace.container.envelope import KEY
+from moetrace.container.envelope import write_envelope
 from moetrace.container.header import TraceHeader
 from moetrace.trace import RoutingTrace
 
@@ -32,7 +31,7 @@ def write(traces: Sequence[RoutingTrace], codec: str) -> bytes:
         headers.append(header.to_json())
         tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
     content = {"version": VERSION, "traces": headers, "sha256": header_sha256(VERSION, headers)}
-    return safetensors.numpy.save(tensors, metadata={KEY: _canonical_json(content)})
+    return write_envelope(tensors, _canonical_json(content))
 
 
 def payload_sha256(arrays: Iterable[np.ndarray]) -> str:

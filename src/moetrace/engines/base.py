@@ -1,6 +1,7 @@
 """What every engine offers, and the nouns of a request. Imports no engine and no torch.
 
-P prompt tokens and O generated tokens give a trace of P + O - 1 rows.
+P prompt tokens and O generated tokens give a trace of P + O - 1 rows: the last generated token was never an input. A
+scoring request generates nothing and gives all P rows, since every token of its prompt was an input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class SamplingParams:
     """How one request is sampled.
 
     Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
+        max_new_tokens: most tokens to generate; 0 makes it a scoring request, which generates nothing and returns what
+            there is to say of the prompt: its rows, its log-probabilities, or both.
         do_sample: draw from the distribution; False takes the most likely token.
         min_new_tokens: fewest tokens to generate: before, end-of-sequence tokens have no probability, and stop tokens
             and texts end nothing.
@@ -34,6 +36,8 @@ class SamplingParams:
         stop_token_ids: tokens that end a sequence, as end-of-sequence tokens do.
         stop: texts that end a sequence; the token that completes one is its last.
         stop_sequences: runs of tokens that end a sequence, as texts do.
+        seed: draw each token by this number, the number of the sequence, and the token's position, and by nothing else:
+            the same logits give the same tokens, whatever else runs. None: by the engine's own generator.
 
     Raises:
         RequestError: a value is out of range.
@@ -50,10 +54,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, right, meaning in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "an integer >= 1"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "an integer >= 0 (0: score the prompt)"),
             (
                 "min_new_tokens",
                 0 <= self.min_new_tokens <= self.max_new_tokens,
@@ -63,11 +68,18 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (all) or >= 1"),
             ("n", self.n >= 1, "an integer >= 1"),
+            ("n", self.n == 1 or not self.is_scoring, "1 where nothing is generated: one prompt has one score"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits, or none"),
             ("stop", all(self.stop), "texts that are not empty"),
             ("stop_sequences", all(self.stop_sequences), "runs of at least one token"),
         ):
             if not right:
                 raise RequestError(f"{name} is out of range", expected=meaning, got=getattr(self, name))
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.max_new_tokens == 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,10 @@ class GenerateResult:
         finish_reason: "stop" after an end-of-sequence token, a stop token or a stop text; "abort" when the request was
             aborted, with what there was; else "length".
         weight_version: the weights in force when the sequence ended; the trace says it of every row.
-        trace: the routes, P + O - 1 rows, or None when they were not asked for.
+        trace: the routes, P + O - 1 rows (P of a scoring request), or None when they were not asked for.
+        prompt_logprobs: for each prompt token the natural logarithm of its probability under softmax(logits), at
+            temperature 1; None for the first, which nothing predicts, and, of an aborted request, for those that were
+            not computed. None when they were not asked for.
     """
 
     prompt_tokens: list[int]
@@ -90,6 +105,7 @@ class GenerateResult:
     finish_reason: FinishReason
     weight_version: str
     trace: RoutingTrace | None = None
+    prompt_logprobs: list[float | None] | None = None
 
 
 Progress = Callable[[int, list[int], list[float]], None]
@@ -198,6 +214,7 @@ class Engine(Protocol):
         sampling: SamplingParams,
         *,
         return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
         on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request.
@@ -206,6 +223,8 @@ class Engine(Protocol):
             prompt_tokens: token ids.
             sampling: how to generate.
             return_routes: give the result a trace.
+            return_prompt_logprobs: give the result the log-probabilities of its prompt. Every position is computed,
+                also where a prefix could be shared, and counts with the weights that it was computed with.
             on_progress: told of new tokens, on a thread of the engine: it must return at once. The tokens that end a
                 sequence come with its result only.
 
@@ -269,7 +288,13 @@ class Engine(Protocol):
         ...
 
 
-def check_request(engine: Engine, prompt_tokens: Sequence[int], sampling: SamplingParams, return_routes: bool) -> None:
+def check_request(
+    engine: Engine,
+    prompt_tokens: Sequence[int],
+    sampling: SamplingParams,
+    return_routes: bool,
+    return_prompt_logprobs: bool = False,
+) -> None:
     """Raise `RequestError` for a request that no engine of this model could serve."""
     if not prompt_tokens:
         raise RequestError("the prompt is empty", expected="at least one token")
@@ -286,11 +311,18 @@ def check_request(engine: Engine, prompt_tokens: Sequence[int], sampling: Sampli
                 got=tokens[wrong],
                 fix="Tokenise with this model's own tokenizer.",
             )
+    if sampling.is_scoring and not (return_routes or return_prompt_logprobs):
+        raise RequestError(
+            "nothing is to be generated, and nothing of the prompt to be returned",
+            expected="with max_new_tokens 0: log-probabilities of the prompt, routed experts, or both",
+            fix="Ask for one of them, or for at least 1 new token.",
+        )
     room = engine.max_model_len - len(prompt_tokens)
-    if room < 1:
+    fewest = 0 if sampling.is_scoring else 1
+    if room < fewest:
         raise RequestError(
             "the prompt is longer than the model's window",
-            expected=f"at most {engine.max_model_len - 1} tokens",
+            expected=f"at most {engine.max_model_len - fewest} tokens",
             got=f"{len(prompt_tokens)} tokens",
             fix="Shorten the prompt.",
         )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from moetrace import __version__
 from moetrace.engines.base import Engine
 from moetrace.server.config import ServerConfig
 from moetrace.server.errors import handle_errors
-from moetrace.server.gate import Gate
+from moetrace.server.gate import OPEN_PATHS, Gate
 from moetrace.server.generation import Generator, generation_routes
 from moetrace.server.lifecycle import lifecycle_routes
 from moetrace.server.metrics import Metrics
+from moetrace.server.openai.routes import openai_routes
+from moetrace.server.openapi import content, describe, errors
 from moetrace.server.requests import RequestTable
+from moetrace.server.sglang.routes import sglang_routes
 from moetrace.server.texts import Tokenizer
 
 
@@ -32,11 +35,20 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: Serve
     app.state.requests = requests
     handle_errors(app)
     app.add_middleware(Gate, config=config, metrics=metrics)
-    app.include_router(generation_routes(Generator(engine, tokenizer, requests, config, metrics)))
+    generator = Generator(engine, tokenizer, requests, config, metrics)
+    app.include_router(generation_routes(generator))
+    app.include_router(openai_routes(generator, config.served_model_name or "model"))
+    app.include_router(sglang_routes(generator))
     app.include_router(lifecycle_routes(engine, requests))
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get(
+        "/metrics",
+        summary="Prometheus metrics",
+        response_class=PlainTextResponse,
+        responses=content("text/plain", "Prometheus' text format") | errors(),
+    )
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+    describe(app, config, OPEN_PATHS)
     return app

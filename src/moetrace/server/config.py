@@ -18,6 +18,9 @@ class ServerConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to bind"})
     port: int = field(default=8000, metadata={"help": "port to bind"})
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "name of the model in OpenAI's API; default: the checkpoint folder's"}
+    )
     api_key: str | None = field(
         default=None,
         metadata={"help": "key that clients send as 'Authorization: Bearer KEY'; default: $MOETRACE_API_KEY, or none"},

@@ -1,6 +1,8 @@
-"""Every error as a status and `{"error": {"type", "message", "expected", "got", "fix"}}`."""
+"""Every error as a status and `{"error": {"type", "message", "expected", "got", "fix"}}`; /v1 has OpenAI's form."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,10 +13,12 @@ from starlette.requests import ClientDisconnect
 from moetrace.errors import (
     DuplicateRequestError,
     EngineError,
+    MissingRowError,
     MoetraceError,
     OverloadedError,
     RequestError,
     ShuttingDownError,
+    UnknownModelError,
     WeightsError,
 )
 
@@ -23,30 +27,35 @@ def handle_errors(app: FastAPI) -> None:
     """Answer every error of the library and of parsing in one form."""
 
     @app.exception_handler(MoetraceError)
-    async def refuse(_: Request, error: MoetraceError) -> JSONResponse:
+    async def refuse(request: Request, error: MoetraceError) -> JSONResponse:
         status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), 400)
         later = isinstance(error, OverloadedError | ShuttingDownError)
-        return error_response(status, error, {"Retry-After": "1"} if later else None)
+        headers = {"Retry-After": "1"} if later else None
+        return error_response(status, error, headers, path=request.url.path)
 
     @app.exception_handler(Exception)
-    async def own_up(_: Request, error: Exception) -> JSONResponse:  # the server logs it with its traceback
-        return error_response(500, MoetraceError("the server has a bug", got=type(error).__name__, fix=_REPORT))
+    async def own_up(request: Request, error: Exception) -> JSONResponse:  # the server logs it with its traceback
+        bug = MoetraceError("the server has a bug", got=type(error).__name__, fix=_REPORT)
+        return error_response(500, bug, path=request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def ignore(_: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it; logs and metrics do
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(422, _explain(error))
+    async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(422, _explain(error), path=request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def refuse_http(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, RequestError(f"the request cannot be served ({error.detail})"))
+    async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
+        refusal = RequestError(f"the request cannot be served ({error.detail})")
+        return error_response(error.status_code, refusal, error.headers, path=request.url.path)
 
 
 _REPORT = "Its log says where; please report it."
 _STATUS: dict[type[MoetraceError], int] = {
+    MissingRowError: 500,
+    UnknownModelError: 404,
     DuplicateRequestError: 409,
     OverloadedError: 429,
     WeightsError: 400,
@@ -54,9 +63,29 @@ _STATUS: dict[type[MoetraceError], int] = {
 }
 
 
-def error_response(status: int, error: MoetraceError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as clients get it."""
+def error_response(
+    status: int, error: MoetraceError, headers: Mapping[str, str] | None = None, *, path: str = ""
+) -> JSONResponse:
+    """An error as clients of `path` get it."""
+    if path.startswith("/v1/"):
+        status = 400 if status == 422 else status  # OpenAI knows no 422
+        return JSONResponse({"error": openai_facts(status, error)}, status, headers)
     return JSONResponse({"error": error_facts(error)}, status, headers)
+
+
+def openai_facts(status: int, error: MoetraceError) -> dict[str, str | None]:
+    """An error in OpenAI's form, its message in OpenAI's words."""
+    message = str(error).replace("max_new_tokens", "max_tokens")
+    kind, code = _OPENAI.get(status, ("invalid_request_error" if status < 500 else "server_error", None))
+    code = "model_not_found" if isinstance(error, UnknownModelError) else code
+    return {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}
+
+
+_OPENAI: dict[int, tuple[str, str | None]] = {
+    401: ("invalid_request_error", "invalid_api_key"),
+    429: ("requests", "rate_limit_exceeded"),
+}
+"""OpenAI's `type` and `code` of an error, by its status."""
 
 
 def error_facts(error: MoetraceError) -> dict[str, str]:
@@ -76,7 +105,8 @@ def _explain(error: RequestValidationError) -> RequestError:
             got=f"{first['ctx']['error']} at character {first['loc'][-1]}",
             fix="Send an object with the fields that /docs lists.",
         )
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "the request body"
+    parts = [str(part) for part in first["loc"] if part != "body"]
+    place = ".".join(parts) or "the request body"
     expected, value = first["msg"], repr(first.get("input"))
     for union, meaning in _UNIONS.items():
         if place.startswith(f"{union}."):
@@ -86,10 +116,16 @@ def _explain(error: RequestValidationError) -> RequestError:
         expected=expected,
         got=value if len(value) <= 80 else f"{value[:77]}...",
         fix="See /docs for the request's fields.",
+        param=parts[0] if parts else None,
     )
 
 
 _UNIONS = {
     "inputs": "text, or a list of token ids, or a list of either",
+    "prompt": "text, or a list of token ids, or a list of either",
+    "stop": "a text, or a list of texts",
+    "text": "a text, or a list of texts",
+    "input_ids": "a list of token ids, or a list of such lists",
+    "sampling_params.stop": "a text, or a list of texts",
     "parameters.stop_sequences": "a text, or a list of texts and of lists of token ids",
 }

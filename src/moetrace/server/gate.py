@@ -21,7 +21,7 @@ from moetrace.server.metrics import Metrics
 logger = logging.getLogger("moetrace.access")
 
 HEADER = "X-Request-Id"
-_OPEN = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready", "/sglang/health")
 """Paths that need no key: what asks them has none."""
 
 
@@ -58,13 +58,13 @@ class Gate:
 
     def _refusal(self, path: str, headers: Headers) -> ASGIApp | None:
         key, length = self._config.api_key, headers.get("content-length", "")
-        if key is not None and path not in _OPEN:
+        if key is not None and path not in OPEN_PATHS:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, f"Bearer {key}".encode()):
                 error = RequestError("the API key is missing or wrong", expected="Authorization: Bearer KEY")
-                return error_response(401, error, {"WWW-Authenticate": "Bearer"})
+                return error_response(401, error, {"WWW-Authenticate": "Bearer"}, path=path)
         if length.isdecimal() and int(length) > self._config.max_body_bytes:
-            return error_response(413, self._too_large(f"{length} bytes"))
+            return error_response(413, self._too_large(f"{length} bytes"), path=path)
         return None
 
     def _limited(self, receive: Receive) -> Receive:

@@ -14,8 +14,10 @@ from fastapi.responses import Response
 from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
+from moetrace.server.bodies import BodyResponse
 from moetrace.server.config import ServerConfig
 from moetrace.server.metrics import Metrics
+from moetrace.server.openapi import ErrorResponse, GenerateResponse, StreamEvent, answer, errors
 from moetrace.server.requests import RequestTable, Running
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
@@ -43,14 +45,59 @@ class Generator:
             EngineError: the engine has stopped.
         """
         parameters, routes = request.parameters, request.parameters.return_routed_experts
+        scores = parameters.return_prompt_logprobs
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
+        self.check(prompts, sampling, routes, scores)
+        for prompt in prompts:
+            _check_routing(self.engine, len(prompt), parameters)
+        self.queue(prompts, sampling, running, routes, scores, on_progress)
+
+    def check(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
+    ) -> None:
+        """Raise `RequestError` unless all prompts can be served as asked."""
         for prompt in prompts:
             self._check_length(len(prompt))
-            check_request(self.engine, prompt, sampling, routes)
-            _check_routing(self.engine, len(prompt), parameters)
-        for prompt in prompts:  # if one fails after all, leaving `running` aborts the others
-            generation = self.engine.submit(prompt, sampling, return_routes=routes, on_progress=on_progress)
-            running.generations.append(generation)
+            check_request(self.engine, prompt, sampling, return_routes, return_prompt_logprobs)
+
+    def queue(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        running: Running,
+        return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Queue prompts that were checked. Progress is told by the number of a sequence among those of all prompts."""
+        for number, prompt in enumerate(prompts):  # if one fails after all, leaving `running` aborts the others
+            told = on_progress and _counted_from(number * sampling.n, on_progress)
+            running.generations.append(
+                self.engine.submit(
+                    prompt,
+                    sampling,
+                    return_routes=return_routes,
+                    return_prompt_logprobs=return_prompt_logprobs,
+                    on_progress=told,
+                )
+            )
+
+    async def results(self, running: Running, http: Request) -> list[list[GenerateResult]]:
+        """Wait for what was queued: the sequences of each prompt.
+
+        Raises:
+            ClientDisconnect: the client has gone.
+            EngineError: the engine has stopped.
+        """
+        results = await unless_disconnected(http.receive, _results(running.generations))
+        for sequences in results:
+            self.metrics.finished(sequences)
+        http.state.facts = _facts(results)
+        return results
 
     def _check_length(self, length: int) -> None:
         limit = self.config.max_prompt_tokens
@@ -63,7 +110,13 @@ def generation_routes(generator: Generator) -> APIRouter:
     router = APIRouter()
     tokenizer, requests, metrics = generator.tokenizer, generator.requests, generator.metrics
 
-    @router.post("/generate", summary="Generate from one prompt, or several (LightLLM's contract)")
+    refusals = errors(400, 409, 413, 422, 429, 503)
+
+    @router.post(
+        "/generate",
+        summary="Generate from one prompt, or several (LightLLM's contract)",
+        responses=answer(GenerateResponse | list[GenerateResponse]) | refusals,
+    )
     async def generate(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
@@ -73,14 +126,17 @@ def generation_routes(generator: Generator) -> APIRouter:
             )
         with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
             await generator.submit(request, sampling, running)
-            results = await unless_disconnected(http.receive, _results(running.generations))
-            for sequences in results:
-                metrics.finished(sequences)
-            http.state.facts = _facts(results)
+            results = await generator.results(running, http)
             body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
-        return Response(body, media_type="application/json")
+        return BodyResponse(body)
 
-    @router.post("/generate_stream", summary="Generate from one prompt; tokens come as server-sent events")
+    @router.post(
+        "/generate_stream",
+        summary="Generate from one prompt; tokens come as server-sent events",
+        status_code=200,
+        response_class=EventStream,
+        responses=answer(StreamEvent | ErrorResponse) | refusals,
+    )
     async def generate_stream(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters
         sampling = parameters.sampling()
@@ -101,6 +157,10 @@ def generation_routes(generator: Generator) -> APIRouter:
             )
 
     return router
+
+
+def _counted_from(first: int, on_progress: Progress) -> Progress:
+    return lambda sequence, tokens, logprobs: on_progress(first + sequence, tokens, logprobs)
 
 
 async def _results(generations: Sequence[Generation]) -> list[list[GenerateResult]]:

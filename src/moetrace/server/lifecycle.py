@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import Engine
 from moetrace.errors import RequestError
+from moetrace.server.openapi import Aborted, Health, ModelFacts, Paused, Readiness, WeightsFacts, answer, errors
 from moetrace.server.requests import RequestTable
 
 
@@ -37,20 +37,28 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
     router = APIRouter()
     updating = asyncio.Lock()
 
-    @router.get("/health", summary="200 while the engine can serve, else 503")
+    @router.get(
+        "/health",
+        summary="200 while the engine can serve, else 503",
+        responses=answer(Health) | {503: {"model": Health, "description": "The engine has stopped."}},
+    )
     async def health() -> JSONResponse:
         healthy = engine.is_healthy()
         facts = {"status": "ok" if healthy else "stopped", "engine": engine.name, "captures": engine.layout is not None}
         return JSONResponse(facts, 200 if healthy else 503)
 
-    @router.get("/ready", summary="200 while a request would be served at once, else 503")
+    @router.get(
+        "/ready",
+        summary="200 while a request would be served at once, else 503",
+        responses=answer(Readiness) | {503: {"model": Readiness, "description": "It would not."}},
+    )
     async def ready() -> JSONResponse:
         state = "paused" if engine.is_paused else "ready"
         state = "stopped" if not engine.is_healthy() else "shutting down" if requests.is_draining else state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @router.get("/model", summary="Which model, with which weights")
-    async def model() -> dict[str, Any]:
+    @router.get("/model", summary="Which model, with which weights", responses=errors())
+    async def model() -> ModelFacts:
         layout = engine.layout
         return {
             "engine": engine.name,
@@ -64,18 +72,26 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
             "paused": engine.is_paused,
         }
 
-    @router.post("/pause", summary="Launch no step until /resume; requests stay, and new ones wait")
-    async def pause() -> dict[str, Any]:
+    @router.post(
+        "/pause",
+        summary="Launch no step until /resume; requests stay, and new ones wait",
+        responses=errors(503),
+    )
+    async def pause() -> Paused:
         engine.pause()
         return {"paused": engine.is_paused}
 
-    @router.post("/resume", summary="Go on after /pause")
-    async def resume() -> dict[str, Any]:
+    @router.post("/resume", summary="Go on after /pause", responses=errors(503))
+    async def resume() -> Paused:
         engine.resume()
         return {"paused": engine.is_paused}
 
-    @router.post("/abort", summary="End requests; their clients get what there is, with its rows")
-    async def abort(request: AbortRequest) -> dict[str, Any]:
+    @router.post(
+        "/abort",
+        summary="End requests; their clients get what there is, with its rows",
+        responses=errors(400, 413, 422),
+    )
+    async def abort(request: AbortRequest) -> Aborted:
         if request.all == (request.request_ids is not None):
             raise RequestError(
                 "it is not clear what to abort",
@@ -87,8 +103,12 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
         aborted, unknown = requests.abort(request.request_ids)
         return {"aborted": aborted, "unknown": unknown}
 
-    @router.post("/update_weights", summary="Replace the weights between two steps, all or none")
-    async def update_weights(request: WeightsRequest) -> dict[str, Any]:
+    @router.post(
+        "/update_weights",
+        summary="Replace the weights between two steps, all or none",
+        responses=errors(400, 413, 422, 503),
+    )
+    async def update_weights(request: WeightsRequest) -> WeightsFacts:
         async with updating:
             await asyncio.to_thread(engine.update_weights, request.path, request.version)
         return {"weight_version": engine.weight_version}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from moetrace.dialects import to_lightllm
+from moetrace.dialects import lightllm_parts
 from moetrace.engines.base import GenerateResult
+from moetrace.server.bodies import Base64, Body, encode_json
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import Tokenizer
 from moetrace.trace import RoutingTrace
@@ -20,10 +20,10 @@ def encode_responses(
     is_batch: bool,
     parameters: GenerateParameters,
     tokenizer: Tokenizer | None,
-) -> bytes:
+) -> Body:
     """JSON of the sequences of each prompt: one response, or for a list of prompts a list of them."""
     responses = [response_of(sequences, parameters, tokenizer) for sequences in results]
-    return json.dumps(responses if is_batch else responses[0], allow_nan=False).encode()
+    return encode_json(responses if is_batch else responses[0])
 
 
 def response_of(
@@ -47,6 +47,8 @@ def response_of(
     }
     if parameters.return_details:
         response["tokens"] = each([details_of(sequence, tokenizer) for sequence in sequences])
+    if sequences[0].prompt_logprobs is not None:
+        response["prompt_logprobs"] = sequences[0].prompt_logprobs
     traces = [sequence.trace for sequence in sequences if sequence.trace is not None]
     if traces:
         response["routed_experts"] = each(
@@ -87,8 +89,9 @@ def token_of(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[st
 def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int) -> dict[str, Any]:
     """The rows from position `start` on, as they were asked for."""
     start = min(start, trace.stop)  # an aborted request may have fewer rows
-    return to_lightllm(
+    facts, ids = lightllm_parts(
         trace.slice(start, trace.stop),
         layout=parameters.routed_experts_layout,
         dtype=parameters.routed_experts_dtype,
     )
+    return facts | {"data": Base64(ids)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from types import FrameType
 
@@ -38,4 +39,6 @@ def serve(app: FastAPI, config: ServerConfig) -> None:
             "Set MOETRACE_API_KEY, or bind 127.0.0.1.",
             config.host,
         )
+    gc.collect()
+    gc.freeze()  # a full collection that looks at all that torch loaded stops every stream for some tenths of a second
     _Server(app, config).run()

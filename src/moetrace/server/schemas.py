@@ -15,14 +15,25 @@ _SAMPLING = SamplingParams()
 
 Prompt = str | list[int]
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+
+def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
+    """The prompts one by one, of one prompt or a list of them."""
+    if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int):  # no mixed list has this type
+        return inputs
+    return [inputs]  # type: ignore[list-item]
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
     "allowed_token_ids": (None, []),
-    "seed": (None, -1),
 }
 """LightLLM parameters that this server does not have, and the values under which that makes no difference."""
+
+_WITHOUT_PENALTIES = "Leave it out: a step begins before the tokens of the last one are known, which it would penalise."
+
+_UNSEEDED = -1
 
 
 class GenerateParameters(BaseModel):
@@ -30,12 +41,13 @@ class GenerateParameters(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    max_new_tokens: int = Field(_SAMPLING.max_new_tokens, description="most tokens to generate, at least 1")
+    max_new_tokens: int = Field(_SAMPLING.max_new_tokens, description="most tokens to generate; 0 scores the prompt")
     min_new_tokens: int = Field(_SAMPLING.min_new_tokens, description="fewest tokens to generate")
     do_sample: bool = Field(_SAMPLING.do_sample, description="sample; false takes the most likely token each time")
     temperature: float = Field(_SAMPLING.temperature, description="divides the logits, 0.001 to 1000000")
     top_p: float = Field(_SAMPLING.top_p, description="nucleus, in (0, 1]")
     top_k: int = Field(_SAMPLING.top_k, description="most likely tokens to draw from; -1 means all")
+    seed: int | None = Field(_SAMPLING.seed, description="what is drawn, by 64 bits; null or -1: by chance")
     n: int = Field(_SAMPLING.n, description="sequences to generate from each prompt")
     best_of: int | None = Field(None, description="must equal n")
     ignore_eos: bool = Field(_SAMPLING.ignore_eos, description="go on after an end-of-sequence token")
@@ -45,6 +57,7 @@ class GenerateParameters(BaseModel):
     add_special_tokens: bool = Field(True, description="let the tokenizer add its special tokens to a text prompt")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of generated_text")
     return_details: bool = Field(False, description="return `tokens`: id, text and log-probability of each")
+    return_prompt_logprobs: bool = Field(False, description="return `prompt_logprobs`")
     return_routed_experts: bool = Field(False, description="return `routed_experts`")
     routed_experts_start: int = Field(0, description="position of the first row to return, at most the prompt's length")
     routed_experts_layout: AxisOrder = Field("LTK", description="order of the axes: LTK or TLK")
@@ -60,18 +73,18 @@ class GenerateParameters(BaseModel):
             RequestError: a value is out of range, or a parameter is unknown, not supported or contradicts another.
         """
         for name, value in (self.model_extra or {}).items():
-            if name not in _NEUTRAL:
+            if name not in NEUTRAL:
                 raise RequestError(
                     f"parameter {name!r} is unknown",
-                    expected=", ".join(sorted({*type(self).model_fields, *_NEUTRAL})),
+                    expected=", ".join(sorted({*type(self).model_fields, *NEUTRAL})),
                     got=name,
                 )
-            if value not in _NEUTRAL[name]:
+            if value not in NEUTRAL[name]:
                 raise RequestError(
                     f"parameter {name!r} is not supported by this server",
-                    expected=f"it absent, or {_NEUTRAL[name][0]!r}",
+                    expected=f"it absent, or {NEUTRAL[name][0]!r}",
                     got=repr(value),
-                    fix="Start the server with --seed." if name == "seed" else None,
+                    fix=_WITHOUT_PENALTIES if name.endswith("_penalty") else "Leave it out.",
                 )
         if self.best_of not in (None, self.n):
             raise RequestError(
@@ -86,8 +99,9 @@ class GenerateParameters(BaseModel):
         stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
         runs = [tuple(stop) for stop in stops if not isinstance(stop, str)]
         names = {item.name for item in fields(SamplingParams)} & set(type(self).model_fields) - {"stop_sequences"}
+        values = {name: getattr(self, name) for name in names}
         return SamplingParams(
-            **{name: getattr(self, name) for name in names},
+            **values | {"seed": None if self.seed == _UNSEEDED else self.seed},
             stop=tuple(stop for stop in stops if isinstance(stop, str)),
             stop_token_ids=tuple(run[0] for run in runs if len(run) == 1),
             stop_sequences=tuple(run for run in runs if len(run) != 1),
@@ -108,11 +122,9 @@ class GenerateRequest(BaseModel):
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts one by one."""
-        if isinstance(self.inputs, str) or not self.is_batch:
-            return [self.inputs]  # type: ignore[list-item]
-        return self.inputs  # type: ignore[return-value]
+        return prompts_in(self.inputs)
 
     @property
     def is_batch(self) -> bool:
         """Whether `inputs` is a list of prompts, and the response a list too."""
-        return isinstance(self.inputs, list) and any(not isinstance(item, int) for item in self.inputs)
+        return isinstance(self.inputs, list) and self.inputs != [] and not isinstance(self.inputs[0], int)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from moetrace.engines.base import Engine, GenerateResult, Generation
 from moetrace.errors import MoetraceError
+from moetrace.server.bodies import Body, encode_json
 from moetrace.server.errors import error_facts
 from moetrace.server.metrics import Metrics
 from moetrace.server.responses import routes_of, token_of, usage_of
@@ -28,12 +29,15 @@ Arrival = tuple[int, list[int], list[float], GenerateResult | None]
 
 
 class Arrivals:
-    """Tokens and results of one generation, from the engine's threads to the event loop, in order."""
+    """Tokens and results of generations, from the engine's threads to the event loop, in order.
+
+    Sequences are numbered through: those of the first generation that was expected, then those of the next.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Arrival | BaseException] = asyncio.Queue()
-        self._open = 0
+        self._open = self._expected = 0
         self.began = time.perf_counter()
 
     def on_progress(self, sequence: int, tokens: list[int], logprobs: list[float]) -> None:
@@ -42,8 +46,10 @@ class Arrivals:
 
     def expect(self, generation: Generation) -> None:
         """Wait for the results of `generation` too."""
-        self._open, self.generation = len(generation.futures), generation
-        for number, future in enumerate(generation.futures):
+        first, self.generation = self._expected, generation
+        self._open += len(generation.futures)
+        self._expected += len(generation.futures)
+        for number, future in enumerate(generation.futures, first):
             asyncio.wrap_future(future).add_done_callback(partial(self._on_result, number))
 
     def _on_result(self, number: int, done: asyncio.Future[GenerateResult]) -> None:
@@ -64,7 +70,7 @@ class Arrivals:
 
 async def token_events(
     engine: Engine, arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
-) -> AsyncIterator[bytes]:
+) -> AsyncIterator[Body]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
     try:
@@ -114,16 +120,16 @@ class _SequenceEvents:
         tokens: list[int],
         logprobs: list[float],
         read_routes: Callable[[list[int], int], RoutingTrace | None] | None = None,
-    ) -> bytes:
+    ) -> Body:
         """Events of the tokens that were not sent yet, the last one with the rows that were not."""
         events = self._events(tokens, logprobs)
         trace = None if read_routes is None else read_routes(tokens, self._rows)
         if trace is not None and trace.num_rows:
             events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows)
             self._rows, self._rows_at = trace.stop, len(tokens)
-        return b"".join(_event(event) for event in events)
+        return _joined(events)
 
-    def last(self, result: GenerateResult) -> bytes:
+    def last(self, result: GenerateResult) -> Body:
         """Events of the tokens that were not sent yet; the last one ends the sequence."""
         events = self._events(result.output_tokens, result.logprobs)
         last = events.pop() if events else self._event_of(None)
@@ -137,9 +143,11 @@ class _SequenceEvents:
             "prompt_token_ids": result.prompt_tokens,
             "output_token_ids": result.output_tokens,
         }
+        if result.prompt_logprobs is not None:
+            last["prompt_logprobs"] = result.prompt_logprobs
         if result.trace is not None:
             last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
-        return b"".join(_event(event) for event in [*events, last])
+        return _joined([*events, last])
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:
         events = []
@@ -158,27 +166,43 @@ class _SequenceEvents:
         return {"token": token, "index": self._number, **empty}
 
 
-def _event(facts: dict[str, Any]) -> bytes:
-    return b"data:" + json.dumps(facts, allow_nan=False).encode() + b"\n\n"
+def _joined(events: Sequence[dict[str, Any]]) -> Body:
+    *small, last = map(_event, events)
+    return sum(small, Body()) + last
+
+
+def _event(facts: dict[str, Any]) -> Body:
+    if "routed_experts" in facts:
+        return Body(b"data:") + encode_json(facts) + Body(b"\n\n")
+    return Body(b"data:" + json.dumps(facts, allow_nan=False).encode() + b"\n\n")
 
 
 class EventStream(StreamingResponse):
     """Server-sent events until they end or the client goes away; then what was opened for them is closed.
 
     Args:
-        events: encoded events.
+        events: encoded events, as bytes or as bodies.
         opened: closed at the end, whatever happened.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], opened: ExitStack) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, events: AsyncIterator[bytes] | AsyncIterator[Body], opened: ExitStack) -> None:
+        super().__init__(_pieces(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._opened = opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._opened, suppress(ClientDisconnect):
             await unless_disconnected(receive, self.stream_response(send))
+
+
+async def _pieces(events: AsyncIterator[bytes] | AsyncIterator[Body]) -> AsyncIterator[bytes]:
+    async for event in events:
+        if isinstance(event, bytes):
+            yield event
+        else:
+            async for piece in event.pieces():
+                yield piece
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Item]) -> Item:

@@ -62,9 +62,8 @@ class FakeSGLang(FakeEngine):
         answers: list[dict[str, Any]] = []
         for _ in range(sampling.get("n", 1)):
             hot = sampling["temperature"] > 0
-            output, reason = self.output(prompt, sampling["max_new_tokens"] or 1, hot, sampling["ignore_eos"])
-            inputs = [*prompt, *output][:-1] if sampling["max_new_tokens"] else prompt
-            ids = routes(self.form, inputs)[body.get("routed_experts_start_len", 0) :].astype("<i4")
+            output, reason = self.output(prompt, sampling["max_new_tokens"], hot, sampling["ignore_eos"])
+            ids = routes(self.form, [*prompt, *output][:-1])[body.get("routed_experts_start_len", 0) :].astype("<i4")
             meta = {
                 "finish_reason": {"type": reason},
                 "completion_tokens": len(output),

@@ -30,7 +30,7 @@ ENGINES: dict[str, Callable[[DyeForm], FakeEngine]] = {
     "lightllm": FakeLightLLM,
 }
 LACKS = {
-    "sglang": {"abort"},
+    "sglang": {"scoring", "abort"},
     "vllm": {"scoring", "streamed", "abort"},
     "vllm completions": {"scoring", "streamed", "start offset", "abort"},
     "lightllm": {"scoring", "streamed", "start offset", "abort"},

@@ -23,13 +23,14 @@ class Plan:
     """How much is asked.
 
     Attributes:
-        requests: requests of the check under load.
-        in_flight: most requests at once.
-        max_tokens: longest sequence, prompt and output.
-        flood_tokens: prompt tokens that are sent to push a prefix out of the engine's cache.
-        pressure: long outputs at once, to make the engine preempt; each of `pressure_tokens`.
+        requests: requests of the check under load; 512, or 64.
+        in_flight: most requests at once; 64.
+        max_tokens: longest sequence, prompt and output; 8448, or 2304, and never above the checkpoint's window.
+        flood_tokens: prompt tokens that are sent to push a prefix out of the engine's cache; 65536, or 4096.
+        pressure: long outputs at once, to make the engine preempt; 128, or 24.
+        pressure_tokens: tokens of each of them; 1024, or 160.
         seed: of the prompts.
-        timeout: seconds until a request counts as lost.
+        timeout: seconds until a request counts as lost; 600.
     """
 
     requests: int = 512

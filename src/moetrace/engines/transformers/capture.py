@@ -135,13 +135,13 @@ class StepCapture:
         """Number the weights of the steps from now on; to be called on the generation thread."""
         self._store.set_version(version)
 
-    def collect(self, request_id: str, tokens: Sequence[int]) -> CapturedRows:
-        """Take away the rows of a watched request that is over: one for each token but the last."""
+    def collect(self, request_id: str, inputs: Sequence[int]) -> CapturedRows:
+        """Take away the rows of a watched request that is over: one for each token that was an input."""
         history = self._histories[request_id]
         if not history.complete.wait(_PULL_TIMEOUT_S):
             raise CaptureError(f"the rows of {request_id} never left the engine", got=f"{_PULL_TIMEOUT_S:.0f} s")
         del self._histories[request_id]
-        rows = self.assemble(history.parts, tokens)
+        rows = self.assemble(history.parts, inputs)
         self.counts.sequences += 1
         self.counts.rows += len(rows.valid_T)
         self.counts.missing_rows += int((~rows.valid_T).sum())
@@ -160,16 +160,16 @@ class StepCapture:
         here = [_Part(first * size, len(pages) * size, pages, self._store.take(pages))] if pages else []
         return [*history.parts, *here]
 
-    def assemble(self, parts: Sequence[_Part], tokens: Sequence[int]) -> CapturedRows:
-        """One row for each token but the last, from settled parts, oldest first. A row counts only if its slot was
+    def assemble(self, parts: Sequence[_Part], inputs: Sequence[int]) -> CapturedRows:
+        """One row for each token that was an input, from settled parts, oldest first. A row counts only if its slot was
         written for that very token."""
-        num_rows = len(tokens) - 1
+        num_rows = len(inputs)
         rows = CapturedRows(
             np.zeros((num_rows, self.layout.num_layers, self.layout.top_k), self.layout.dtype),
             np.zeros(num_rows, bool),
             np.zeros(num_rows, np.int32),
         )
-        tokens_T = np.asarray(tokens)
+        tokens_T = np.asarray(inputs)
         for part in reversed(parts):  # the oldest last: its rows stay
             assert part.pulled is not None
             experts_TLK, marks_T2 = part.pulled.read(part.first, len(part.pages))

@@ -55,12 +55,12 @@ class BatchLoop:
         self._preempting = False
         self._stale: set[str] = set()
         self._undo: list[Callable[[], None]] = []
-        self._join(self._processor, "prepare_next_batch", self._between_steps)
-        self._join(self._scheduler, "schedule_batch", self._schedule)
-        self._join(self._scheduler, "clear_cancelled_requests", self._cancel)
-        self._join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
-        self._join(self._cache, "free_blocks", self._free)
-        self._join(self._offloading, "offload_requests", self._preempt)
+        self.join(self._processor, "prepare_next_batch", self._between_steps)
+        self.join(self._scheduler, "schedule_batch", self._schedule)
+        self.join(self._scheduler, "clear_cancelled_requests", self._cancel)
+        self.join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
+        self.join(self._cache, "free_blocks", self._free)
+        self.join(self._offloading, "offload_requests", self._preempt)
 
     @property
     def device(self) -> torch.device:
@@ -75,12 +75,12 @@ class BatchLoop:
     def listen(self, listener: PageListener) -> None:
         """Tell `listener` everything from now on."""
         self._listener = listener
-        self._join(self._processor, "_generation_step", self._launch)
-        self._join(self._processor, "update_batch", self._update)
-        self._join(self._runner, "_get_forward_fn", self._forward_fn)
+        self.join(self._processor, "_generation_step", self._launch)
+        self.join(self._processor, "update_batch", self._update)
+        self.join(self._runner, "_get_forward_fn", self._forward_fn)
         copy = "perform_cache_copy" if hasattr(self._cache, "perform_cache_copy") else "copy_cache"
-        self._join(self._cache, copy, self._copy)
-        self._join(self._offloading, "restore_scheduled_requests", self._restore)
+        self.join(self._cache, copy, self._copy)
+        self.join(self._offloading, "restore_scheduled_requests", self._restore)
 
     def call(self, task: Callable[[], Any]) -> Future[Any]:
         """Run `task` on the generation thread between two steps, on the compute stream; its result is the future's."""
@@ -130,15 +130,15 @@ class BatchLoop:
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             yield
 
-    def _join(self, owner: Any, name: str, step_in: Callable[..., Any]) -> None:
-        """Call `step_in(own, *args)` wherever the loop calls `owner.name(*args)`."""
-        own = require(owner, name)
+    def join(self, owner: Any, name: str, step_in: Callable[..., Any]) -> None:
+        """Call `step_in(own, *args)` wherever the loop calls `owner.name(*args)`; who joins last is called first."""
+        own, before = require(owner, name), vars(owner).get(name)
 
         def joined(*args: Any, **kwargs: Any) -> Any:
             return step_in(own, *args, **kwargs)
 
         setattr(owner, name, joined)
-        self._undo.append(lambda: delattr(owner, name))
+        self._undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
 
     def _between_steps(self, own: Callable[[], bool]) -> bool:
         while not self._tasks.empty():

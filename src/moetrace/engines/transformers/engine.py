@@ -29,6 +29,7 @@ from moetrace.engines.transformers import loading
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
+from moetrace.engines.transformers.prompt_scores import PromptScorer
 from moetrace.engines.transformers.sampling import Sampler, generation_config
 from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
@@ -70,6 +71,7 @@ class TransformersEngine:
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
         self.max_model_len = min(window, self._cache_tokens)
         self._loop = BatchLoop(self._manager)
+        self._scorer = PromptScorer(self._manager, self._loop)
         self._versions = [config.weight_version]
         self._capture: StepCapture | None = None
         if config.enable_return_routed_experts and self._manager.is_tp_driver:
@@ -143,10 +145,13 @@ class TransformersEngine:
         sampling: SamplingParams,
         *,
         return_routes: bool = False,
+        return_prompt_logprobs: bool = False,
         on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request; see `Engine.submit`."""
-        check_request(self, prompt_tokens, sampling, return_routes)
+        check_request(self, prompt_tokens, sampling, return_routes, return_prompt_logprobs)
+        if return_prompt_logprobs:
+            self._require_scoring()
         if sampling.stop and self._tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this engine has none", fix="Pass stop_token_ids.")
         prompt, stop_ids = list(prompt_tokens), list[int]()
@@ -162,11 +167,12 @@ class TransformersEngine:
                 )
             request_id = f"request-{next(self._ids)}"
             names = [name_of(request_id, number) for number in range(sampling.n)]
+            scores = self._scorer.watch(request_id, prompt) if return_prompt_logprobs else None
             futures = []
             for number, name in enumerate(names):
                 stops = Stops(self._tokenizer, sampling)
                 told = None if on_progress is None else partial(on_progress, number)
-                pending = Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told)
+                pending = Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told, scores)
                 pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
                 self._pending[name] = pending
@@ -176,7 +182,7 @@ class TransformersEngine:
             self._manager.add_request(
                 prompt,
                 request_id=request_id,
-                max_new_tokens=sampling.max_new_tokens,
+                max_new_tokens=max(sampling.max_new_tokens, 1),  # a scoring request's one is dropped
                 streaming=bool(stops) or on_progress is not None,
                 eos_token_id=stop_ids or -1,
                 **self._sampler.admit(len(prompt), sampling),
@@ -195,7 +201,7 @@ class TransformersEngine:
         parts = self._between_steps(partial(self._capture.peek, name, start, len(tokens) - 1))
         if parts is None:
             return None
-        trace = self._trace_of(self._capture.assemble(parts, tokens), tokens)
+        trace = self._trace_of(self._capture.assemble(parts, tokens[:-1]), tokens)
         gaps = np.flatnonzero(~trace.valid_T[start:])
         return trace.slice(start, start + int(gaps[0]) if len(gaps) else trace.stop)
 
@@ -261,6 +267,15 @@ class TransformersEngine:
             wait([done], timeout=1.0)
         return done.result()
 
+    def _require_scoring(self) -> None:
+        if self.config.parallel != "none":
+            raise RequestError(
+                "log-probabilities of the prompt are not supported under a parallel plan: its ranks would run apart",
+                expected="parallel='none'",
+                got=self.config.parallel,
+            )
+        self._scorer.require_supported()
+
     def _require_one_process(self, what: str) -> None:
         if self.config.parallel != "none":
             raise EngineError(
@@ -304,7 +319,6 @@ class TransformersEngine:
             pending = self._pending.pop(output.request_id, None)
             if pending is None:
                 return
-            self._sampler.retire(pending.sampling)
         try:
             if output.error is not None:
                 raise EngineError(f"the engine failed this request ({output.error})", fix="Send it again.")
@@ -312,25 +326,37 @@ class TransformersEngine:
         except Exception as error:  # one request's failure must reach its client, and no other
             pending.future.set_exception(error)
         finally:
+            self._scorer.drop(output.request_id)
             if self._capture:
                 self._capture.drop(output.request_id)
 
     def _result(self, output: Any, pending: Pending, version: str) -> GenerateResult:
-        generated = list(output.generated_tokens)
+        most = pending.sampling.max_new_tokens
+        was_cut = pending.aborted and len(output.generated_tokens) < max(most, 1)
+        generated = list(output.generated_tokens)[:most]
         reason: FinishReason = "length"
         if pending.stops.found(generated):
             generated, reason = generated[: pending.stops.length], "stop"
         elif generated and generated[-1] in pending.stop_ids:
             reason = "stop"
-        elif pending.aborted and len(generated) < pending.sampling.max_new_tokens:
+        elif was_cut:
             reason = "abort"
         trace = None
         if self._capture and pending.return_routes:
             tokens = pending.prompt + generated
-            trace = self._trace_of(self._capture.collect(output.request_id, tokens), tokens)
+            inputs = tokens if pending.sampling.is_scoring else tokens[:-1]
+            trace = self._trace_of(self._capture.collect(output.request_id, inputs), tokens)
             version = trace.weight_spans[-1].version if trace.weight_spans else version
         logprobs = list(output.logprobs)[: len(generated)]
-        return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace)
+        prompt_logprobs = self._prompt_logprobs(pending, reason)
+        return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace, prompt_logprobs)
+
+    def _prompt_logprobs(self, pending: Pending, reason: FinishReason) -> list[float | None] | None:
+        if pending.scores is None:
+            return None
+        if reason != "abort" and not pending.scores.is_complete:
+            raise EngineError("log-probabilities of the prompt are missing", fix="Open an issue with the model's name.")
+        return pending.scores.values()
 
     def _trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
         assert self._capture is not None

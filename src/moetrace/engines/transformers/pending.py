@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.transformers.prompt_scores import PromptScores
 from moetrace.engines.transformers.stopping import Stops
 
 
@@ -21,6 +22,7 @@ class Pending:
     stop_ids: frozenset[int]
     stops: Stops
     on_progress: Callable[[list[int], list[float]], None] | None
+    scores: PromptScores | None = None
     aborted: bool = False
 
 
@@ -34,3 +36,9 @@ class NewWeights:
 def name_of(request_id: str, sequence: int) -> str:
     """What continuous batching calls a sequence: forks are its children."""
     return f"{request_id}__child#{sequence - 1}" if sequence else request_id
+
+
+def sequence_of(name: str) -> int:
+    """The number of the sequence that continuous batching calls so."""
+    _, forked, child = name.partition("__child#")
+    return int(child) + 1 if forked else 0

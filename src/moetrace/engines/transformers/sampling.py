@@ -2,13 +2,16 @@
 
 That engine samples every request the same way: greedy or not is one switch for all, a log-probability is taken after
 top-k and top-p, and both sort the vocabulary in every step. Here greedy is a per-request choice, log-probabilities are
-taken before truncation, and nothing is sorted while no request truncates: on an H100, batch 256 and a vocabulary of
-152k the sorts are 6 ms a step.
+taken before truncation, and nothing is sorted in a step that no request truncates in: on an H100, batch 256 and a
+vocabulary of 152k the sorts are 6 ms a step. A request with a seed draws by noise of its own (see `noise.py`), which is
+made in steps that need it only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -16,6 +19,11 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from moetrace.engines.base import SamplingParams
+from moetrace.engines.transformers.noise import draw_key, gumbel
+from moetrace.engines.transformers.pending import sequence_of
+
+_GREEDY, _TRUNCATED, _SEEDED = 1, 2, 4
+"""What is special about a request's sampling; bits of its `modes`."""
 
 
 def generation_config(vocab_size: int, eos_token_ids: list[int]) -> GenerationConfig:
@@ -44,23 +52,44 @@ class _Untruncated:
         return scores
 
 
-class _Greedy(ContinuousBatchingLogitsProcessor):
-    """Leaves a greedy request nothing but its most likely token (the lowest id among equals)."""
+class _Row(ContinuousBatchingLogitsProcessor):
+    """Brings one number of each request to the device, for processors that come after it; changes nothing."""
 
-    supported_kwargs = {"greedy": int}
     ignored_kwargs = ()
+    values_B: torch.Tensor
+
+    def __init__(self, name: str, numbers_of: Callable[[list[Any]], list[int]]) -> None:
+        self.supported_kwargs, self._numbers_of = {name: int}, numbers_of
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
-        flags = [request.state.logit_processor_kwargs.get("greedy", 0) for request in requests_with_new_token]
-        return torch.tensor(flags, dtype=torch.int32)
+        return torch.tensor(self._numbers_of([request.state for request in requests_with_new_token]), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        greedy = tensor_arg[: scores.size(0), None].bool()
+        self.values_B = tensor_arg[: scores.size(0)]
+        return scores
+
+
+class _Alone:
+    """Leaves a greedy request nothing but its most likely token (the lowest id among equals), and a seeded one nothing
+    but the token that its noise draws."""
+
+    supports_continuous_batching = True
+
+    def __init__(self, sampler: Sampler, modes: _Row, keys: tuple[_Row, _Row]) -> None:
+        self._sampler, self._modes, self._keys = sampler, modes, keys
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        modes_B1 = self._modes.values_B[:, None]
+        if self._sampler.draws_by_seed:
+            low, high = self._keys
+            noisy = scores + gumbel(low.values_B, high.values_B, scores.size(1))
+            scores = torch.where((modes_B1 & _SEEDED).bool(), noisy, scores)
+        alone = (modes_B1 & (_GREEDY | _SEEDED)).bool()
         best = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argmax(-1, keepdim=True), True)
-        return scores.masked_fill(greedy & ~best, float("-inf"))
+        return scores.masked_fill(alone & ~best, float("-inf"))
 
 
 class _Fewest(ContinuousBatchingLogitsProcessor):
@@ -117,30 +146,32 @@ class Sampler:
 
     def __init__(self, manager: Any, vocab_size: int, eos_token_ids: list[int]) -> None:
         self._vocab_size = vocab_size
-        self._truncating = 0
         self.truncates = False
         """Whether any request of the step under way draws from less than the whole vocabulary."""
+        self.draws_by_seed = False
+        """Whether any of them has a seed."""
+        self._keys: list[tuple[int, int]] = []
         self._untruncated = _Untruncated()
         processors = manager.logit_processor
         temperature, *truncations = processors.logits_processor
+        modes = _Row("modes", self._modes_of)
+        keys = _Row("seed", self._low_keys_of), _Row("seed", self._high_keys_of)
         processors.logits_processor[:] = [
+            modes,
             temperature,
             self._untruncated,
             _Fewest(eos_token_ids, self),
             *(_Truncation(processor, self) for processor in truncations),
-            _Greedy(),
+            *keys,
+            _Alone(self, modes, keys),
         ]
-        processors.tensors_required += 2
+        processors.tensors_required += 4
         processors._retrieve_processors_kwargs()
 
     def attach(self, batch_processor: Any) -> None:
-        """Report log-probabilities before truncation; keep CUDA graphs with and without truncation apart."""
+        """Report log-probabilities before truncation; keep CUDA graphs with and without truncation and seeds apart."""
         runner, io = batch_processor.model_runner, batch_processor.inputs_and_outputs
-        sample, compute = runner._sample, runner.compute_batch
-
-        def decide_and_compute(*args: Any) -> None:
-            self.truncates = self._truncating > 0  # once a step: a graph is looked up, captured and kept by it
-            compute(*args)
+        sample = runner._sample
 
         def sample_and_score(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
             sample(scores, output_ids)
@@ -150,27 +181,45 @@ class Sampler:
             chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
             output_ids[1, : chosen.size(0)].copy_(chosen.view(torch.int32))
 
-        runner._sample, runner.compute_batch = sample_and_score, decide_and_compute
+        runner._sample = sample_and_score
         for device_io in [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]:
-            device_io._get_graph_key = self._with_truncation(device_io._get_graph_key)
+            device_io._get_graph_key = self._with_kind(device_io._get_graph_key)
 
     def admit(self, prompt_length: int, sampling: SamplingParams) -> dict[str, Any]:
-        """The values a request brings to the processors; `retire` it for each of its sequences that is over."""
-        self._truncating += sampling.n * self._is_truncated(sampling)
-        values = {"may_end_at": prompt_length + max(sampling.min_new_tokens - 1, 0) * (not sampling.ignore_eos)}
+        """The values a request brings to the processors."""
+        may_end_at = prompt_length + max(sampling.min_new_tokens - 1, 0) * (not sampling.ignore_eos)
+        modes = _TRUNCATED * self._is_truncated(sampling)
+        values = {"may_end_at": may_end_at, "temperature": 1.0, "top_k": self._vocab_size, "top_p": 1.0}
         if not sampling.do_sample:
-            return {**values, "temperature": 1.0, "top_k": self._vocab_size, "top_p": 1.0, "greedy": 1}
-        top_k = self._vocab_size if sampling.top_k == -1 else min(sampling.top_k, self._vocab_size)
-        drawn = {"temperature": float(sampling.temperature), "top_k": top_k, "top_p": float(sampling.top_p)}
-        return {**values, **drawn, "greedy": 0}
-
-    def retire(self, sampling: SamplingParams) -> None:
-        """One sequence of an admitted request is over."""
-        self._truncating -= self._is_truncated(sampling)
+            return {**values, "modes": modes | _GREEDY}
+        values |= {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}
+        if sampling.top_k != -1:
+            values["top_k"] = min(sampling.top_k, self._vocab_size)
+        if sampling.seed is not None:
+            values["seed"], modes = sampling.seed, modes | _SEEDED
+        return {**values, "modes": modes}
 
     def _is_truncated(self, sampling: SamplingParams) -> bool:
         truncated = sampling.do_sample and (sampling.top_p < 1 or 0 < sampling.top_k < self._vocab_size)
         return truncated or sampling.min_new_tokens > 1
 
-    def _with_truncation(self, own: Callable[[], tuple]) -> Callable[[], tuple]:
-        return lambda: (*own(), self.truncates)
+    def _modes_of(self, states: list[Any]) -> list[int]:
+        """Once a step, before it is computed. Every rank of a parallel plan sees the same states."""
+        modes = [state.logit_processor_kwargs.get("modes", 0) for state in states]
+        present = reduce(or_, modes, 0)
+        self.truncates, self.draws_by_seed = bool(present & _TRUNCATED), bool(present & _SEEDED)
+        return modes
+
+    def _low_keys_of(self, states: list[Any]) -> list[int]:
+        self._keys = [self._key_of(state) for state in states] if self.draws_by_seed else []
+        return [low for low, _ in self._keys]
+
+    def _high_keys_of(self, states: list[Any]) -> list[int]:
+        return [high for _, high in self._keys]
+
+    def _key_of(self, state: Any) -> tuple[int, int]:
+        seed = state.logit_processor_kwargs.get("seed")
+        return (0, 0) if seed is None else draw_key(seed, sequence_of(state.request_id), state.position_offset)
+
+    def _with_kind(self, own: Callable[[], tuple]) -> Callable[[], tuple]:
+        return lambda: (*own(), self.truncates, self.draws_by_seed)

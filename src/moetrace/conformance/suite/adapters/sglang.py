@@ -9,7 +9,7 @@ from typing import Any
 from moetrace.conformance.suite.adapters.http import HttpSubject, field
 from moetrace.conformance.suite.adapters.payloads import rows_of_sglang
 from moetrace.conformance.suite.asking import Answer, Ask
-from moetrace.errors import CheckError
+from moetrace.errors import CheckError, LackingError
 
 _PATH = "/generate"
 
@@ -27,6 +27,8 @@ class SGLangSubject(HttpSubject):
 
     async def ask(self, ask: Ask) -> Sequence[Answer]:
         """See `Subject`."""
+        if ask.max_new_tokens == 0:
+            raise LackingError("by SGLang's contract a scored prompt has P - 1 rows: the last one has no place")
         body: dict[str, Any] = {
             "input_ids": list(ask.prompt),
             "sampling_params": {
@@ -47,13 +49,10 @@ class SGLangSubject(HttpSubject):
     def _answer(self, ask: Ask, response: Any) -> Answer:
         meta = field(response, _PATH, "meta_info")
         output = tuple(field(response, _PATH, "output_ids"))
-        if ask.max_new_tokens == 0:
-            output = ()  # what is sampled after a scored prompt is no part of it
         reason, payload = meta.get("finish_reason") or {}, meta.get("routed_experts")
         rows = None
         if payload is not None:
-            scored = [*ask.prompt, 0] if ask.max_new_tokens == 0 else [*ask.prompt, *output]
-            rows = rows_of_sglang(payload, scored, self.form, ask.start)
+            rows = rows_of_sglang(payload, [*ask.prompt, *output], self.form, ask.start)
         return Answer(output, reason.get("type", "") if isinstance(reason, dict) else str(reason), rows)
 
     async def _stream(self, ask: Ask, body: dict[str, Any]) -> Answer:

@@ -1,0 +1,1 @@
+"""SGLang's `/generate` dialect, at a prefix of its own."""

@@ -1,0 +1,193 @@
+"""The OpenAPI document is true: schemathesis finds no answer that it does not describe, and types follow the answers.
+
+A longer run: `MOETRACE_OPENAPI_EXAMPLES=1000 python -m pytest tests/server/test_openapi.py -s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from asgi import Call, until
+from dye import Dye
+from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events as happenings
+from schemathesis.engine import from_schema
+from transformers import AutoTokenizer
+
+from moetrace.engines.base import EngineConfig
+from moetrace.engines.transformers import TransformersEngine
+from moetrace.server import ServerConfig, create_app
+from moetrace.server.openapi import (
+    RANGES,
+    ErrorResponse,
+    GenerateResponse,
+    RoutedExperts,
+    StreamEvent,
+    StreamToken,
+    Token,
+)
+from moetrace.server.schemas import NEUTRAL
+
+DYE = Dye(vocab=260, window=256)
+TOKENIZER: Any = AutoTokenizer.from_pretrained("models/tiny-qwen3-moe")
+KEY = {"Authorization": "Bearer secret"}
+EXAMPLES = int(os.environ.get("MOETRACE_OPENAPI_EXAMPLES", "10"))
+CONFIG = {
+    "seed": 0,
+    "headers": KEY,
+    "continue-on-failure": True,
+    "output": {"sanitization": {"enabled": False}},  # it takes every "token" for a secret
+    "generation": {"max-examples": EXAMPLES, "deterministic": True, "no-shrink": True, "database": "none"},
+    # A window, a vocabulary, what excludes what: no schema says it. To break such a rule is a 400.
+    "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(DYE.model(), EngineConfig(enable_return_routed_experts=True), TOKENIZER)
+    yield engine
+    engine.close()
+
+
+def with_whole_numbers(body: Any) -> Any:
+    """JSON Schema calls 2.0 an integer. The server wants 2."""
+    if isinstance(body, dict):
+        return {name: with_whole_numbers(value) for name, value in body.items()}
+    if isinstance(body, list):
+        return [with_whole_numbers(value) for value in body]
+    return int(body) if isinstance(body, float) and body.is_integer() else body
+
+
+def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(engine: TransformersEngine) -> None:
+    app = create_app(engine, TOKENIZER, ServerConfig(api_key="secret"))
+    config = SchemathesisConfig.from_dict(CONFIG)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config, headers=KEY)
+    answers: Counter[tuple[str, int]] = Counter()
+    checks: Counter[str] = Counter()
+    failures: dict[str, str] = {}
+
+    @schema.hook
+    def after_call(context: Any, case: Any, response: Any) -> None:
+        engine.resume()  # after /pause everybody would wait
+
+    @schema.hook
+    def map_body(context: Any, body: Any) -> Any:
+        return with_whole_numbers(body)
+
+    for event in from_schema(schema).execute():
+        if isinstance(event, happenings.NonFatalError | happenings.FatalError):
+            raise getattr(event, "value", None) or event.exception  # type: ignore[union-attr]
+        if isinstance(event, happenings.ScenarioFinished):
+            for name, interaction in event.recorder.interactions.items():
+                status = interaction.response.status_code if interaction.response else 0
+                answers[event.recorder.cases[name].value.operation.label, status] += 1
+            for check in [check for of_case in event.recorder.checks.values() for check in of_case]:
+                checks[check.name] += 1
+                if check.failure_info is not None:
+                    failures.setdefault(f"{event.recorder.label}: {check.failure_info.failure.title}", str(check))
+    for (operation, status), count in sorted(answers.items()):
+        print(f"{operation:24} {status} {count:8}")
+    print(f"{answers.total()} answers, {checks.total()} checks: {dict(checks)}")
+    assert not failures, "\n\n".join(f"{name}\n{facts}" for name, facts in failures.items())
+    for path in ("/generate", "/generate_stream"):  # both kinds of answers were seen, so were their descriptions used
+        assert {200, 400, 401, 422} <= {status for operation, status in answers if operation == f"POST {path}"}
+
+
+def body_of(inputs: object = "AB", **parameters: object) -> dict[str, Any]:
+    return {"inputs": inputs, "parameters": {"max_new_tokens": 4, **parameters}}
+
+
+def keys_of(values: Iterable[dict[str, Any]]) -> set[str]:
+    return {key for value in values for key in value}
+
+
+def test_answers_have_the_described_keys_and_no_others(engine: TransformersEngine) -> None:
+    client = TestClient(create_app(engine, TOKENIZER))
+    routes = {"return_routed_experts": True, "return_details": True}
+    bodies = [body_of(), body_of(**routes), body_of(n=2, **routes), body_of(["A", [66]], n=2)]
+    answers = []
+    for body in bodies:
+        content = client.post("/generate", json=body).content
+        TypeAdapter(GenerateResponse | list[GenerateResponse]).validate_json(content, strict=True)
+        answers.append(json.loads(content))
+    assert set(answers[1]) == set(GenerateResponse.__annotations__)
+    assert set(answers[0]) == set(GenerateResponse.__annotations__) - {"tokens", "routed_experts"}
+    assert set(answers[1]["tokens"][0]) == set(Token.__annotations__)
+    assert set(answers[1]["routed_experts"]) == set(RoutedExperts.__annotations__)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, None])
+def test_events_have_the_described_keys_and_no_others(engine: TransformersEngine, tokenizer: Any) -> None:
+    client = TestClient(create_app(engine, tokenizer))
+    options = {"return_routed_experts": True, "routed_experts_every": 3}
+    content = client.post("/generate_stream", json=body_of([65], max_new_tokens=60, n=2, **options)).content
+    seen = [event.removeprefix(b"data:") for event in content.split(b"\n\n")[:-1]]
+    for event in seen:
+        TypeAdapter(StreamEvent).validate_json(event, strict=True)
+    events = [json.loads(event) for event in seen]
+    assert keys_of(event for event in events if event["finished"]) == set(StreamEvent.__annotations__)
+    assert keys_of(event["token"] for event in events) == set(StreamToken.__annotations__ | Token.__annotations__)
+
+
+def test_errors_that_need_company_are_described_too(engine: TransformersEngine) -> None:
+    app = create_app(engine, TOKENIZER, ServerConfig(max_requests=2, max_body_bytes=1000))
+
+    async def scenario() -> list[Call]:
+        engine.pause()
+        waiting = [Call(app, "/generate", body_of(), {"X-Request-Id": "taken"})]
+        await until(lambda: engine._pending)
+        refused = [
+            Call(app, "/generate", body_of(), {"X-Request-Id": "taken"}),
+            Call(app, "/generate", body_of(), {"Content-Length": "1001"}),
+        ]
+        waiting.append(Call(app, "/generate", body_of()))
+        await until(lambda: len(engine._pending) == 2)
+        refused.append(Call(app, "/generate", body_of()))
+        for call in refused:
+            await call.done
+        app.state.requests.drain(30)
+        refused.append(Call(app, "/generate", body_of()))
+        await refused[-1].done
+        engine.resume()
+        for call in waiting:
+            await call.done
+        return refused
+
+    calls = asyncio.run(scenario())
+    assert [call.status for call in calls] == [409, 413, 429, 503]
+    described = app.openapi()["paths"]["/generate"]["post"]["responses"]
+    for call in calls:
+        TypeAdapter(ErrorResponse).validate_json(b"".join(call.chunks), strict=True)
+        assert set(described[str(call.status)]["headers"]) - {"X-Request-Id"} <= {name.title() for name in call.headers}
+
+
+@pytest.mark.parametrize(("name", "bounds"), sorted(RANGES["GenerateParameters"].items()))
+def test_a_described_range_is_the_one_that_is_enforced(engine: TransformersEngine, name: str, bounds: Any) -> None:
+    client = TestClient(create_app(engine, TOKENIZER))
+    step = {"exclusiveMinimum": 0, "minimum": -1, "maximum": 1}
+    for kind, bound in bounds.items():
+        options = {"return_routed_experts": True} if name.startswith("routed") else {}
+        outside = body_of(**{**options, name: bound + step[kind]})
+        refused = client.post("/generate", json=outside)
+        assert (refused.status_code, name in refused.text) == (400, True), outside
+        if not kind.startswith("exclusive"):
+            inside = body_of(**{"max_new_tokens": 2, **options, name: bound})
+            assert client.post("/generate", json=inside).status_code == 200, inside
+
+
+def test_parameters_that_only_have_neutral_values_are_described_by_them(engine: TransformersEngine) -> None:
+    client = TestClient(create_app(engine, TOKENIZER))
+    schema = client.get("/openapi.json").json()["components"]["schemas"]["GenerateParameters"]
+    assert schema["additionalProperties"] is False
+    for name, values in NEUTRAL.items():
+        assert schema["properties"][name]["enum"] == list(values)
