@@ -64,12 +64,18 @@ def url(engine: TransformersEngine) -> Iterator[str]:
     thread.join(30)
 
 
-def checked(url: str, folders: tuple[Path, Path], names: set[str] | None, client: httpx.AsyncClient | None) -> Report:
+def checked(
+    url: str,
+    folders: tuple[Path, Path],
+    names: set[str] | None = None,
+    client: httpx.AsyncClient | None = None,
+    dialect: str = "auto",
+) -> Report:
     form, newer = load_forms(*folders)
     cases = [case for case in CASES if names is None or case.name in names]
 
     async def run() -> Report:
-        subject = await open_subject(url, form, client=client)
+        subject = await open_subject(url, form, dialect, client=client)
         try:
             return await run_suite(subject, form, PLAN, newer=newer, cases=cases)
         finally:
@@ -79,13 +85,23 @@ def checked(url: str, folders: tuple[Path, Path], names: set[str] | None, client
 
 
 def test_the_server_passes(url: str, folders: tuple[Path, Path]) -> None:
-    report = checked(url, folders, None, None)
+    report = checked(url, folders)
     assert report.exit_code == 0, report.text()
     assert report.dialect == "moetrace"
     skipped = {check.name: check.reason for check in report.checks if check.status == "skipped"}
-    assert set(skipped) <= {"dtype edges", "scoring"}
-    assert "max_new_tokens" in skipped.get("scoring", "max_new_tokens")
+    assert set(skipped) == {"dtype edges"}
     assert sum(check.missing for check in report.checks) == 0
+
+
+def test_the_server_passes_in_the_dialects_of_others(url: str, folders: tuple[Path, Path]) -> None:
+    plain = {"length", "stop", "n > 1", "full prefix hit"}
+    for path, dialect, names in (
+        ("/sglang", "sglang", {"streamed", "start offset", "abort"}),
+        ("", "lightllm", {"scoring"}),
+    ):
+        report = checked(url + path, folders, plain | names, None, dialect)
+        assert report.exit_code == 0, report.text()
+        assert {check.status for check in report.checks} == {"passed"}
 
 
 def test_the_engine_passes_in_this_process(engine: TransformersEngine, folders: tuple[Path, Path]) -> None:

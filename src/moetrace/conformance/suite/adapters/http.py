@@ -47,7 +47,7 @@ class HttpSubject:
         await self.client.aclose()
 
     async def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
-        """The JSON that is answered to a POST; waits and tries again while the engine says that it is busy.
+        """The JSON that is answered to a POST, or None for an empty answer; tries again while the engine is busy (429).
 
         Raises:
             LackingError: status 4xx.
@@ -63,7 +63,7 @@ class HttpSubject:
             await asyncio.sleep(0.2)
         require_ok(path, response)
         try:
-            return response.json()
+            return response.json() if response.content else None
         except ValueError as error:
             raise CheckError(f"POST {path} answers no JSON", got=response.text[:200]) from error
 
