@@ -50,7 +50,6 @@ class Bug(Enum):
     OVERFLOW = "dtype overflow", "ids do not fit the type that carried them"
     TOKENS = "wrong tokens", "the next token is not the one that the checkpoint's weights give"
     FINISH = "wrong finish", "the answer ended for another reason, or with another number of tokens, than it had to"
-    UNSTABLE = "not deterministic", "the same request had two answers"
     PAYLOAD = (
         "payload refused",
         "the ids are right, but what the payload says of them is not: a strict reader refuses it",
