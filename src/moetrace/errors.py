@@ -8,7 +8,9 @@
     │   └── MissingRowError        a row is needed that was never captured
     ├── FormatError                bytes or a payload cannot be read as traces
     ├── StoreError                 a store cannot keep or find what it is asked for
-    │   └── QuotaError             it is full
+    │   ├── QuotaError             it is full
+    │   ├── UnknownTraceError      a server does not have what it is asked for, or no more
+    │   └── ArchiveError           what a server keeps traces in has failed
     ├── RouterError                a model's routers cannot be recorded or replayed
     │   ├── NotMoeError            there are none: the model is dense
     │   └── UnsupportedRouterError there are some, but not of a kind that can be tapped safely
@@ -19,7 +21,7 @@
     │   ├── CaptureError           an engine's internals are not as the capture adapter knows them
     │   └── WeightsError           new weights do not fit the running model; the old ones stay
     ├── RequestError               one request cannot be served as asked; the engine goes on
-    │   ├── CaptureOffError        it asks for routes, but the engine was started without capture
+    │   ├── CaptureOffError        it asks for routes, but capture is stopped or was never there
     │   ├── UnknownModelError      it names a model that is not served
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
@@ -86,6 +88,14 @@ class QuotaError(StoreError):
     """A store is full: what it was asked to keep would pass its quota."""
 
 
+class UnknownTraceError(StoreError):
+    """A server does not have the trace it is asked for, or no more."""
+
+
+class ArchiveError(StoreError):
+    """What a server keeps traces in has failed."""
+
+
 class RouterError(MoetraceError):
     """A model's routers cannot be recorded or replayed."""
 
@@ -143,7 +153,7 @@ class RequestError(MoetraceError):
 
 
 class CaptureOffError(RequestError):
-    """A request asks for routes, but the engine was started without capture."""
+    """A request asks for routes, but capture is stopped, or the engine was started without it."""
 
 
 class UnknownModelError(RequestError):

@@ -105,7 +105,7 @@ class RoutingTrace:
             )
         tokens = require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
-            experts_TLK=_frozen(experts_TLK.astype(layout.dtype, order="C")),
+            experts_TLK=_frozen(experts_TLK.astype(layout.dtype, order="C", copy=experts_TLK.flags.writeable)),
             valid_T=valid_T,
             layout=layout,
             tokens=_frozen(tokens),

@@ -28,10 +28,19 @@ class Loop:
         self.model = dye.model()
         self.pages = SimpleNamespace(page_size=PAGE, num_pages=PAGES, window=window)
         self.capture: Any = None
+        self.owners: dict[str, tuple[list[int], int]] = {}
         self.capture = StepCapture(self.model, self, max_model_len)  # type: ignore[arg-type]
 
     def listen(self, listener: Any) -> None:
         self.capture = listener
+
+    def running(self) -> dict[str, tuple[list[int], int]]:
+        return self.owners
+
+    def stop(self, **owners: tuple[list[int], int]) -> None:
+        """Stop capture while requests own pages, of which so many positions are computed."""
+        self.owners = owners
+        self.capture.stop()
 
     def step(self, *shares: tuple[list[int], list[int], int]) -> None:
         """One step of (tokens, pages, position of the first token), settled before it as the real loop does."""
@@ -206,6 +215,75 @@ def test_rows_say_which_weights_they_are_of(loop: Loop) -> None:
     loop.capture.set_version(3)
     loop.step(([3], [1], 2))
     assert loop.finish("a", [1], [1, 2, 3, 4]).versions_T.tolist() == [0, 0, 3]
+
+
+def test_stopped_a_request_keeps_what_it_has_and_gets_no_more(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2, 3, 4, 5, 6], [1, 2], 0))  # an earlier owner of the pages, with the same tokens
+    loop.step(([1, 2, 3], [1], 0))
+    loop.stop(a=([1, 2], 3))
+    loop.step(([4, 5], [1, 2], 3))
+    rows = loop.finish("a", [1, 2], [1, 2, 3, 4, 5, 6])
+    assert rows.valid_T.tolist() == [True, True, True, False, False]
+    np.testing.assert_array_equal(rows.experts_TLK[:3], dye.routes([1, 2, 3]))
+    assert not rows.experts_TLK[3:].any()
+
+
+def test_started_again_rows_go_on_and_the_gap_stays(dye: Dye, loop: Loop) -> None:
+    loop.capture.watch("a")
+    loop.step(([1, 2], [1], 0))
+    loop.stop(a=([1], 2))
+    loop.stop(a=([1], 2))  # twice is once
+    loop.step(([3], [1], 2))
+    loop.capture.start()
+    loop.capture.start()
+    loop.step(([4, 5], [1, 2], 3))
+    rows = loop.finish("a", [1, 2], [1, 2, 3, 4, 5, 6])
+    assert rows.valid_T.tolist() == [True, True, False, True, True]
+    expected = dye.routes([1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(rows.experts_TLK[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+
+
+def test_a_row_of_a_recomputation_does_not_fill_the_gap(dye: Dye, loop: Loop) -> None:
+    """What the tokens were sampled from was computed while capture was stopped."""
+    loop.capture.watch("a")
+    loop.step(([1, 2], [1], 0))
+    loop.stop(a=([1], 2))
+    loop.step(([3, 4], [1], 2))
+    loop.capture.freed("a", [1], 4, over=False)
+    loop.capture.start()
+    reroute(loop)
+    loop.step(([1, 2, 3, 4, 5], [3, 4], 0))
+    rows = loop.finish("a", [3, 4], [1, 2, 3, 4, 5, 6])
+    assert rows.valid_T.tolist() == [True, True, False, False, True]
+    np.testing.assert_array_equal(rows.experts_TLK[:2], dye.routes([1, 2]))
+
+
+def test_pages_that_return_from_the_host_while_stopped_leave_no_mark_for_the_next_owner(dye: Dye, loop: Loop) -> None:
+    loop.offloads_to_host = True
+    loop.capture.watch("a")
+    loop.capture.watch("next")
+    loop.step(([1, 2, 3, 4], [1], 0))
+    loop.capture.freed("a", [1], 4, over=False)
+    loop.stop()
+    loop.capture.restored("a", [5])
+    assert_rows(dye, loop.finish("a", [5], [1, 2, 3, 4, 5]), [1, 2, 3, 4, 5])
+    loop.step(([1, 2], [5], 0))
+    loop.capture.start()
+    loop.step(([3], [5], 2))
+    assert loop.finish("next", [5], [1, 2, 3, 4]).valid_T.tolist() == [False, False, True]
+
+
+def test_pages_that_went_to_the_host_while_stopped_return_without_rows(loop: Loop) -> None:
+    loop.offloads_to_host = True
+    loop.stop()
+    loop.step(([1, 2, 3, 4], [1], 0))
+    loop.capture.freed("a", [1], 4, over=False)
+    loop.capture.start()
+    loop.step(([1, 2, 3, 4], [5], 0))  # an earlier owner of the page they return to
+    loop.capture.watch("sharer")
+    loop.capture.restored("a", [5])
+    assert not loop.finish("sharer", [5], [1, 2, 3, 4, 5]).valid_T.any()
 
 
 def test_a_request_that_did_not_ask_costs_nothing(loop: Loop) -> None:

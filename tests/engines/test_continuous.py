@@ -98,3 +98,26 @@ def test_a_cancelled_request_that_the_engine_does_not_know_still_gets_an_answer(
         assert result.trace is not None
         assert not result.trace.valid_T.any()
     assert not engine._capture._histories
+
+
+def test_graphs_with_and_without_a_commit_are_kept_apart(engine) -> None:
+    """On a CPU there are none, but their keys."""
+    io = engine._manager.batch_processor.inputs_and_outputs
+    with_commit = io._get_graph_key()
+    engine.stop_capture()
+    assert io._get_graph_key() != with_commit
+    engine.start_capture()
+    assert io._get_graph_key() == with_commit
+
+
+def test_keys_that_are_on_the_host_are_not_shared_once_they_return_to_other_weights(engine) -> None:
+    loop, state = engine._loop, RequestState("away", initial_tokens=list(range(40)))
+    state.is_cpu_offloaded = True
+
+    def plant() -> None:
+        loop._scheduler.waiting_requests["away"] = state
+        loop.forget_prefixes()
+        del loop._scheduler.waiting_requests["away"]
+
+    loop.call(plant).result(60)
+    assert "away" in loop._stale

@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_3_available
 
 from moetrace.engines.base import EngineConfig, GenerateResult, Generation, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.errors import CaptureOffError
 from moetrace.trace import WeightSpan
 
 EXAMPLES = int(os.environ.get("MOETRACE_MACHINE_EXAMPLES", "6"))
@@ -36,6 +37,7 @@ DYE = Dye(vocab=64, num_experts=32, top_k=4, num_layers=3, window=1024 if FLASH 
 SHIFT = 31
 PREFIXES = np.random.default_rng(0).integers(0, DYE.vocab, (4, LONG)).tolist()
 TOTALS = {"requests": 0, "sequences": 0, "rows": 0, "missing": 0, "aborted": 0, "updates": 0, "preemptions": 0}
+TOTALS |= {"stops": 0, "unasked": 0}
 
 
 class Letters:
@@ -59,8 +61,18 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 WEIGHTS = [weights(0), weights(1)]
 
 
+class Submitted(NamedTuple):
+    """A request, whether it asked for routes, the weights it began with at the earliest, and the stops before it."""
+
+    generation: Generation
+    asked: bool
+    version: int
+    stops: int
+
+
 class Rollouts(RuleBasedStateMachine):
-    """Submits, forks, aborts, pauses, updates weights; the cache is small enough to preempt and to evict."""
+    """Submits, forks, aborts, pauses, updates weights, stops and starts capture; the cache is small enough to preempt
+    and to evict."""
 
     @initialize(
         cache=st.sampled_from(CACHES),
@@ -84,8 +96,9 @@ class Rollouts(RuleBasedStateMachine):
             model.to("cuda").set_attn_implementation("flash_attention_3")
         self.engine = TransformersEngine(model, config, Letters())
         self.most = max(4, cache // (4 * page))  # more of them would only wait for each other
-        self.version = 0
-        self.running: list[Generation] = []
+        self.version = self.stops = 0
+        self.captures = True
+        self.running: list[Submitted] = []
         offloading = self.engine._manager.batch_processor.offloading_manager
         own = offloading.offload_requests
 
@@ -111,7 +124,8 @@ class Rollouts(RuleBasedStateMachine):
         for _ in range(min(count, self.most)):
             prompt = prefix[:shared] + rng.integers(0, DYE.vocab, own + (shared == 0)).tolist()
             sampling = SamplingParams(new, n=n, stop_token_ids=stop, stop=text, do_sample=bool(seed % 2))
-            self.running.append(self.engine.submit(prompt, sampling, return_routes=True))
+            generation = self.engine.submit(prompt, sampling, return_routes=self.captures)
+            self.running.append(Submitted(generation, self.captures, self.version, self.stops))
             TOTALS["requests"] += 1
 
     @precondition(lambda self: self.running)
@@ -120,8 +134,8 @@ class Rollouts(RuleBasedStateMachine):
         if share > 0.95:
             return self.engine.abort()
         begin = int(first * len(self.running))
-        for generation in self.running[begin : begin + int(share * MOST) + 1]:
-            self.engine.abort(generation.request_id)
+        for submitted in self.running[begin : begin + int(share * MOST) + 1]:
+            self.engine.abort(submitted.generation.request_id)
         return None
 
     @rule()
@@ -138,6 +152,21 @@ class Rollouts(RuleBasedStateMachine):
         self.engine.update_weights(WEIGHTS[self.version % 2], str(self.version))
         TOTALS["updates"] += 1
 
+    @precondition(lambda self: self.captures)
+    @rule()
+    def stop_capture(self) -> None:
+        self.engine.stop_capture()
+        self.captures, self.stops = False, self.stops + 1
+        with pytest.raises(CaptureOffError, match="capture is stopped"):
+            self.engine.submit([1], SamplingParams(1), return_routes=True)
+        TOTALS["stops"] += 1
+
+    @precondition(lambda self: not self.captures)
+    @rule()
+    def start_capture(self) -> None:
+        self.engine.start_capture()
+        self.captures = True
+
     @precondition(lambda self: self.running)
     @rule(count=st.integers(1, 3 * MOST))
     def wait_for_some(self, count: int) -> None:
@@ -145,8 +174,8 @@ class Rollouts(RuleBasedStateMachine):
         done, self.running = self.running[:count], self.running[count:]
         self.finish(done)
 
-    def finish(self, generations: list[Generation]) -> None:
-        for generation in generations:
+    def finish(self, submitted: list[Submitted]) -> None:
+        for generation, asked, version, stops in submitted:
             try:
                 results = generation.results(60)
             except TimeoutError:
@@ -155,7 +184,13 @@ class Rollouts(RuleBasedStateMachine):
                 facts = {name: value for name, value in vars(scheduler).items() if name != "cache"}
                 raise AssertionError(f"{generation.request_id} is stuck: {facts}") from None
             for result in results:
-                check(result)
+                if asked:
+                    check(result, may_miss=self.stops > stops)
+                    assert result.trace is not None
+                    assert all(int(span.version) >= version for span in result.trace.weight_spans)
+                else:
+                    assert result.trace is None
+                    TOTALS["unasked"] += 1
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
@@ -166,13 +201,14 @@ class Rollouts(RuleBasedStateMachine):
             self.engine.close()
 
 
-def check(result: GenerateResult) -> None:
-    """All rows of a finished sequence are there, of an aborted one those that were computed; every one is right."""
+def check(result: GenerateResult, may_miss: bool) -> None:
+    """All rows of a finished sequence are there, of an aborted one those that were computed, unless capture was stopped
+    meanwhile; every one is right."""
     trace, tokens = result.trace, result.prompt_tokens + result.output_tokens
     assert trace is not None
     assert trace.num_rows == len(tokens) - 1
     assert result.output_tokens == DYE.continuation(result.prompt_tokens[-1], len(result.output_tokens))
-    assert trace.valid_T.all() or (result.finish_reason == "abort" and not result.output_tokens)
+    assert may_miss or trace.valid_T.all() or (result.finish_reason == "abort" and not result.output_tokens)
     for span, following in pairwise([*trace.weight_spans, WeightSpan(trace.num_rows, "")]):
         rows = slice(span.start, following.start)
         valid_T = trace.valid_T[rows]

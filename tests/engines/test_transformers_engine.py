@@ -106,8 +106,8 @@ def test_reused_prefixes_bring_the_rows_of_whoever_computed_them(dye: Dye, make_
     again = generate(engine, [result.prompt_tokens + result.output_tokens for result in first])
     for result in first + again:
         assert_dyed(dye, result)
-    assert engine.capture_counts is not None
-    assert engine.capture_counts.rows - len(computed) > 400  # so many rows were returned but not computed again
+    assert engine.capture is not None
+    assert engine.capture.rows - len(computed) > 400  # so many rows were returned but not computed again
 
 
 def test_a_fully_cached_prompt_still_has_all_its_rows(dye: Dye, make_engine) -> None:
@@ -145,7 +145,7 @@ def test_prefix_sharing_can_be_turned_off(dye: Dye, make_engine) -> None:
     computed = count_computed(engine)
     for result in generate(engine, prompts_of(dye, 8, shared=50)):
         assert_dyed(dye, result)
-    assert engine.capture_counts.rows == len(computed)
+    assert engine.capture.rows == len(computed)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

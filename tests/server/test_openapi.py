@@ -28,9 +28,13 @@ from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app
 from moetrace.server.openapi import (
     RANGES,
+    Description,
     ErrorResponse,
     GenerateResponse,
+    RoutedContainer,
     RoutedExperts,
+    RoutedReference,
+    RoutingFacts,
     StreamEvent,
     StreamToken,
     Token,
@@ -48,7 +52,8 @@ CONFIG = {
     "output": {"sanitization": {"enabled": False}},  # it takes every "token" for a secret
     "generation": {"max-examples": EXAMPLES, "deterministic": True, "no-shrink": True, "database": "none"},
     # A window, a vocabulary, what excludes what: no schema says it. To break such a rule is a 400.
-    "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400"]}},
+    # Nor which traces and models there are: another is a 404.
+    "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", "400", "404"]}},
 }
 
 
@@ -79,6 +84,8 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_describe(engine
     @schema.hook
     def after_call(context: Any, case: Any, response: Any) -> None:
         engine.resume()  # after /pause everybody would wait
+        if case.path == "/routing/stop":  # and be refused
+            engine.start_capture()
 
     @schema.hook
     def map_body(context: Any, body: Any) -> Any:
@@ -123,7 +130,14 @@ def test_answers_have_the_described_keys_and_no_others(engine: TransformersEngin
     assert set(answers[1]) == set(GenerateResponse.__annotations__)
     assert set(answers[0]) == set(GenerateResponse.__annotations__) - {"tokens", "routed_experts"}
     assert set(answers[1]["tokens"][0]) == set(Token.__annotations__)
-    assert set(answers[1]["routed_experts"]) == set(RoutedExperts.__annotations__)
+    described = set(Description.__annotations__)
+    assert set(answers[1]["routed_experts"]) == described | set(RoutedExperts.__annotations__)
+    for options, form in (({"routed_experts_codec": "set"}, RoutedContainer), ({}, RoutedReference)):
+        asked: object = True if options else "reference"
+        content = client.post("/generate", json=body_of(return_routed_experts=asked, **options)).content
+        TypeAdapter(GenerateResponse).validate_json(content, strict=True)
+        assert set(json.loads(content)["routed_experts"]) == described | set(form.__annotations__)
+    TypeAdapter(RoutingFacts).validate_json(client.get("/routing").content, strict=True)
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, None])

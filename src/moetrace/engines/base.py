@@ -178,6 +178,27 @@ class EngineConfig:
     seed: int | None = field(default=None, metadata={"help": "seed of the sampler; default: random"})
 
 
+@dataclass(frozen=True)
+class CaptureState:
+    """Where capture stands.
+
+    Attributes:
+        is_on: whether steps are recorded now.
+        capacity_rows: rows there is room for on the engine's device.
+        capacity_bytes: what that takes there, beside the model and its cache.
+        sequences, rows, missing_rows: what was returned since the engine started.
+        errors: sequences whose rows could not be returned at all.
+    """
+
+    is_on: bool
+    capacity_rows: int
+    capacity_bytes: int
+    sequences: int = 0
+    rows: int = 0
+    missing_rows: int = 0
+    errors: int = 0
+
+
 class Engine(Protocol):
     """Generates tokens and records routes. Safe to call from any thread."""
 
@@ -196,6 +217,11 @@ class Engine(Protocol):
     @property
     def fingerprint(self) -> str | None:
         """Fingerprint of the model where routes are captured, else None."""
+        ...
+
+    @property
+    def capture(self) -> CaptureState | None:
+        """Where capture stands, or None for an engine that was started without it."""
         ...
 
     @property
@@ -279,6 +305,26 @@ class Engine(Protocol):
         """
         ...
 
+    def start_capture(self) -> None:
+        """Record again after `stop_capture`, from the next step on. No prefix that exists now is shared any more, so
+        that requests submitted from now on have all their rows.
+
+        Raises:
+            CaptureOffError: the engine was started without capture.
+            EngineError: the engine has stopped.
+        """
+        ...
+
+    def stop_capture(self) -> None:
+        """Record nothing from the next step on, and refuse requests that ask for routes. Requests under way that asked
+        keep the rows they have; those of steps until `start_capture` are missing, and marked so.
+
+        Raises:
+            CaptureOffError: the engine was started without capture.
+            EngineError: the engine has stopped.
+        """
+        ...
+
     def is_healthy(self) -> bool:
         """False once the engine can serve no more."""
         ...
@@ -333,10 +379,19 @@ def check_request(
             got=sampling.max_new_tokens,
             fix="Lower max_new_tokens or shorten the prompt.",
         )
-    if return_routes and engine.layout is None:
+    if return_routes and not require_capture(engine.capture).is_on:
+        raise CaptureOffError(
+            "routed experts were asked for, but capture is stopped", fix="POST /routing/start, and send it again."
+        )
+
+
+def require_capture(capture: CaptureState | None) -> CaptureState:
+    """The state of an engine's capture; `CaptureOffError` where it was started without."""
+    if capture is None:
         raise CaptureOffError(
             "routed experts were asked for, but this server does not record them",
             expected="a server started with --enable-return-routed-experts",
             got="one started without",
             fix="Restart it as: moetrace serve MODEL --enable-return-routed-experts",
         )
+    return capture

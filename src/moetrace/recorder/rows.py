@@ -48,6 +48,10 @@ class RowStore:
         """Number the weights that rows are computed with from now on (in the order of the current stream)."""
         self.version_1.fill_(version)
 
+    def forget(self) -> None:
+        """Mark every slot as holding no row (in the order of the current stream)."""
+        self.marks_S2.fill_(NO_TOKEN)
+
     def take(self, pages: Sequence[int]) -> PulledPages:
         """Start to bring pages to the host, as they are now in the order of the current stream."""
         index_G = _index(pages, self.rows_SR.device)

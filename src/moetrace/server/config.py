@@ -31,13 +31,28 @@ class ServerConfig:
     max_sequences: int = field(
         default=4096, metadata={"help": "most sequences at once, running and queued; more are told to try again"}
     )
+    archive: str | None = field(
+        default=None,
+        metadata={"help": "store URI for routes returned by reference, of this server alone; default: its own memory"},
+    )
+    archive_bytes: int = field(default=1 << 30, metadata={"help": "most bytes of them; the oldest go for newer ones"})
+    archive_seconds: float = field(
+        default=3600.0, metadata={"help": "how long they are kept; 0: until others need room"}
+    )
     shutdown_seconds: float = field(
         default=30.0,
         metadata={"help": "on SIGTERM, how long running requests may go on before they are answered as they are"},
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_body_bytes", 1), ("max_requests", 1), ("max_sequences", 1), ("shutdown_seconds", 0)):
+        for name, least in (
+            ("max_body_bytes", 1),
+            ("max_requests", 1),
+            ("max_sequences", 1),
+            ("archive_bytes", 0),
+            ("archive_seconds", 0),
+            ("shutdown_seconds", 0),
+        ):
             if getattr(self, name) < least:
                 raise EngineError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from moetrace.errors import (
+    ArchiveError,
     DuplicateRequestError,
     EngineError,
     MissingRowError,
@@ -19,6 +20,7 @@ from moetrace.errors import (
     RequestError,
     ShuttingDownError,
     UnknownModelError,
+    UnknownTraceError,
     WeightsError,
 )
 
@@ -56,9 +58,11 @@ _REPORT = "Its log says where; please report it."
 _STATUS: dict[type[MoetraceError], int] = {
     MissingRowError: 500,
     UnknownModelError: 404,
+    UnknownTraceError: 404,
     DuplicateRequestError: 409,
     OverloadedError: 429,
     WeightsError: 400,
+    ArchiveError: 503,
     EngineError: 503,
 }
 

@@ -11,9 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from moetrace import codecs
+from moetrace.codecs import zstd
 from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
+from moetrace.layout import MoeLayout
+from moetrace.server.archive import Archive
 from moetrace.server.bodies import BodyResponse
 from moetrace.server.config import ServerConfig
 from moetrace.server.metrics import Metrics
@@ -34,6 +38,7 @@ class Generator:
     requests: RequestTable
     config: ServerConfig
     metrics: Metrics
+    archive: Archive
 
     async def submit(
         self, request: GenerateRequest, sampling: SamplingParams, running: Running, on_progress: Progress | None = None
@@ -44,12 +49,12 @@ class Generator:
             RequestError: one of them cannot be served as asked.
             EngineError: the engine has stopped.
         """
-        parameters, routes = request.parameters, request.parameters.return_routed_experts
+        parameters, routes = request.parameters, bool(request.parameters.return_routed_experts)
         scores = parameters.return_prompt_logprobs
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
         self.check(prompts, sampling, routes, scores)
         for prompt in prompts:
-            _check_routing(self.engine, len(prompt), parameters)
+            _check_routing(self.engine, self.archive, len(prompt), parameters)
         self.queue(prompts, sampling, running, routes, scores, on_progress)
 
     def check(
@@ -127,7 +132,9 @@ def generation_routes(generator: Generator) -> APIRouter:
         with requests.open(http.state.request_id, len(request.prompts) * sampling.n) as running:
             await generator.submit(request, sampling, running)
             results = await generator.results(running, http)
-            body = await asyncio.to_thread(encode_responses, results, request.is_batch, parameters, tokenizer)
+            body = await asyncio.to_thread(
+                encode_responses, results, request.is_batch, parameters, tokenizer, generator.archive
+            )
         return BodyResponse(body)
 
     @router.post(
@@ -153,7 +160,8 @@ def generation_routes(generator: Generator) -> APIRouter:
             await generator.submit(request, sampling, running, arrivals.on_progress)
             arrivals.expect(running.generations[0])
             return EventStream(
-                token_events(generator.engine, arrivals, parameters, tokenizer, metrics), opened.pop_all()
+                token_events(generator.engine, arrivals, parameters, tokenizer, metrics, generator.archive),
+                opened.pop_all(),
             )
 
     return router
@@ -177,7 +185,7 @@ def _facts(results: list[list[GenerateResult]]) -> dict[str, Any]:
     }
 
 
-def _check_routing(engine: Engine, prompt_length: int, parameters: GenerateParameters) -> None:
+def _check_routing(engine: Engine, archive: Archive, prompt_length: int, parameters: GenerateParameters) -> None:
     if not 0 <= parameters.routed_experts_start <= prompt_length:
         raise RequestError(
             "routed_experts_start is out of range",
@@ -186,7 +194,26 @@ def _check_routing(engine: Engine, prompt_length: int, parameters: GenerateParam
             fix="Pass how many rows of the conversation you have: prompt + output - 1 of the turn before.",
         )
     if parameters.return_routed_experts and engine.layout is not None:
+        codec = parameters.routed_experts_codec
+        if parameters.return_routed_experts == "reference":
+            archive.require_room_for(engine.layout, prompt_length + parameters.max_new_tokens)
         try:
-            require_id_type(engine.layout, parameters.routed_experts_dtype)
+            if codec is None:
+                require_id_type(engine.layout, parameters.routed_experts_dtype)
+            else:
+                _require_codec(codec, engine.layout)
         except FormatError as error:
             raise RequestError(error.what, expected=error.expected, got=error.got, fix=error.fix) from error
+
+
+def _require_codec(name: str, layout: MoeLayout) -> None:
+    """Raise `FormatError` unless ids of this layout can be packed so, here."""
+    base, _, compressed = name.partition("+")
+    if base != codecs.AUTO:
+        codecs.find(name)[0].check(layout)
+    if compressed and not zstd.available():
+        raise FormatError(
+            f"this server cannot write the codec {name!r}",
+            expected=f"{base!r}, or a server with zstd",
+            fix="Run on the server: pip install 'moetrace[zstd]'",
+        )

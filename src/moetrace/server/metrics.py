@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moetrace.engines.base import Engine, GenerateResult
+from moetrace.server.archive import ArchiveState
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -37,6 +39,8 @@ class Metrics:
         self._queued = Gauge("sequences_under_way", "Sequences that run or wait in the engine", **facts)
         healthy = Gauge("engine_healthy", "1 while the engine can serve", **facts)
         healthy.set_function(lambda: float(engine.is_healthy()))
+        self._routing = _Routing(engine)
+        self._registry.register(self._routing)
 
     def watch(self, requests: Callable[[], int], sequences: Callable[[], int]) -> None:
         """Where to look for how much is under way."""
@@ -72,6 +76,33 @@ class Metrics:
 
         return arrived
 
-    def text(self) -> bytes:
+    def text(self, archive: ArchiveState) -> bytes:
         """All metrics in Prometheus' text format."""
+        self._routing.archive = archive
         return generate_latest(self._registry)
+
+
+class _Routing:
+    """What the engine and the archive count themselves."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.archive: ArchiveState | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        capture = self._engine.capture
+        if capture is not None:
+            yield GaugeMetricFamily("moetrace_capture_on", "1 while steps are recorded", float(capture.is_on))
+            yield CounterMetricFamily("moetrace_capture_errors", "Sequences whose routes were lost", capture.errors)
+        if self.archive is None:
+            return
+        yield GaugeMetricFamily("moetrace_archive_traces", "Traces kept for references", self.archive.traces)
+        yield GaugeMetricFamily("moetrace_archive_bytes", "Bytes of traces kept", self.archive.num_bytes)
+        yield GaugeMetricFamily("moetrace_archive_max_bytes", "Most bytes of traces", self.archive.max_bytes)
+        for name, what in (
+            ("deleted", "Traces that clients deleted"),
+            ("expired", "Traces that became too old"),
+            ("evicted", "Traces that had to go for newer ones"),
+            ("unfetched", "Traces that expired or were evicted before anybody had read them"),
+        ):
+            yield CounterMetricFamily(f"moetrace_archive_{name}", what, getattr(self.archive, name))

@@ -75,14 +75,10 @@ class Span(TypedDict):
     version: str
 
 
-@_closed
-class RoutedExperts(TypedDict):
-    """The routes of one sequence: base64 of ids of type `dtype` in the order of `layout`."""
+class Description(TypedDict):
+    """What is said of routes, however they travel."""
 
     shape: list[int]
-    dtype: IdType
-    data: str
-    layout: AxisOrder
     layers: list[int]
     num_experts: int
     order: Order
@@ -93,6 +89,48 @@ class RoutedExperts(TypedDict):
     weight_spans: list[Span]
     fingerprint: str
     engine: str
+
+
+@_closed
+class RoutedExperts(Description):
+    """The routes of one sequence: base64 of ids of type `dtype` in the order of `layout`."""
+
+    dtype: IdType
+    data: str
+    layout: AxisOrder
+
+
+@_closed
+class RoutedContainer(Description):
+    """The routes of one sequence: base64 of a container, see docs/format.md."""
+
+    layout: Literal["TLK"]
+    codec: str
+    format: Literal["moetrace"]
+    data: str
+
+
+@_closed
+class TraceReference(TypedDict):
+    """A container that the server keeps; `expires_at` is in seconds since 1970, null where no age ends it."""
+
+    id: str
+    path: str
+    num_bytes: int
+    codec: str
+    sha256: str
+    expires_at: float | None
+
+
+@_closed
+class RoutedReference(Description):
+    """Where the routes of one sequence are."""
+
+    layout: Literal["TLK"]
+    reference: TraceReference
+
+
+Routes = RoutedExperts | RoutedContainer | RoutedReference
 
 
 @_closed
@@ -108,7 +146,7 @@ class GenerateResponse(TypedDict):
     weight_version: str | list[str]
     usage: Usage
     tokens: NotRequired[list[Token] | list[list[Token]]]
-    routed_experts: NotRequired[RoutedExperts | list[RoutedExperts]]
+    routed_experts: NotRequired[Routes | list[Routes]]
 
 
 @_closed
@@ -125,7 +163,7 @@ class StreamEvent(TypedDict):
     usage: NotRequired[Usage]
     prompt_token_ids: NotRequired[list[int]]
     output_token_ids: NotRequired[list[int]]
-    routed_experts: NotRequired[RoutedExperts]
+    routed_experts: NotRequired[Routes]
 
 
 @_closed
@@ -188,12 +226,62 @@ class WeightsFacts(TypedDict):
     weight_version: str
 
 
+@_closed
+class CaptureChange(TypedDict):
+    """Whether routes are captured now."""
+
+    state: Literal["on", "off", "never"]
+
+
+@_closed
+class Capacity(TypedDict):
+    """Room for rows on the engine's device."""
+
+    rows: int
+    bytes: int
+
+
+@_closed
+class Captured(TypedDict):
+    """What was returned since the server started; `errors` are sequences whose routes were lost."""
+
+    sequences: int
+    rows: int
+    missing_rows: int
+    errors: int
+
+
+@_closed
+class ArchiveFacts(TypedDict):
+    """Traces that are kept for references, what bounds them, and what became of others."""
+
+    traces: int
+    num_bytes: int
+    max_bytes: int
+    max_seconds: float | None
+    deleted: int
+    expired: int
+    evicted: int
+    unfetched: int
+
+
+@_closed
+class RoutingFacts(CaptureChange):
+    """Where capture and the archive stand. Without capture `layout`, `capacity` and `captured` are null."""
+
+    layout: LayoutFacts | None
+    capacity: Capacity | None
+    captured: Captured | None
+    archive: ArchiveFacts
+
+
 _MEANINGS = {
     400: "It cannot be served as asked.",
     401: "The key is missing or wrong.",
     404: "It is not there.",
     409: "The X-Request-Id is that of a request under way.",
     413: "The body is too large.",
+    416: "The range begins after the end; Content-Range says how many bytes there are.",
     422: "The body is not JSON, or has wrong types.",
     429: "Too much is under way; Retry-After says when to come again.",
     503: "The engine has stopped, or the server is shutting down.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from moetrace.dialects import lightllm_parts
 from moetrace.engines.base import GenerateResult
-from moetrace.server.bodies import Base64, Body, encode_json
+from moetrace.server.archive import Archive
+from moetrace.server.bodies import Body, encode_json
+from moetrace.server.payloads import routes_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import Tokenizer
-from moetrace.trace import RoutingTrace
 
 Item = TypeVar("Item")
 
@@ -20,14 +20,15 @@ def encode_responses(
     is_batch: bool,
     parameters: GenerateParameters,
     tokenizer: Tokenizer | None,
+    archive: Archive,
 ) -> Body:
     """JSON of the sequences of each prompt: one response, or for a list of prompts a list of them."""
-    responses = [response_of(sequences, parameters, tokenizer) for sequences in results]
+    responses = [response_of(sequences, parameters, tokenizer, archive) for sequences in results]
     return encode_json(responses if is_batch else responses[0])
 
 
 def response_of(
-    sequences: Sequence[GenerateResult], parameters: GenerateParameters, tokenizer: Tokenizer | None
+    sequences: Sequence[GenerateResult], parameters: GenerateParameters, tokenizer: Tokenizer | None, archive: Archive
 ) -> dict[str, Any]:
     """The response of one prompt. As in LightLLM, what is said of a sequence is a list where there are several."""
 
@@ -52,7 +53,7 @@ def response_of(
     traces = [sequence.trace for sequence in sequences if sequence.trace is not None]
     if traces:
         response["routed_experts"] = each(
-            [routes_of(trace, parameters, parameters.routed_experts_start) for trace in traces]
+            [routes_of(trace, parameters, parameters.routed_experts_start, archive) for trace in traces]
         )
     return response
 
@@ -84,14 +85,3 @@ def token_of(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[st
         "logprob": logprob,
         "special": None if tokenizer is None else token in tokenizer.all_special_ids,
     }
-
-
-def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int) -> dict[str, Any]:
-    """The rows from position `start` on, as they were asked for."""
-    start = min(start, trace.stop)  # an aborted request may have fewer rows
-    facts, ids = lightllm_parts(
-        trace.slice(start, trace.stop),
-        layout=parameters.routed_experts_layout,
-        dtype=parameters.routed_experts_dtype,
-    )
-    return facts | {"data": Base64(ids)}

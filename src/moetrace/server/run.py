@@ -41,4 +41,7 @@ def serve(app: FastAPI, config: ServerConfig) -> None:
         )
     gc.collect()
     gc.freeze()  # a full collection that looks at all that torch loaded stops every stream for some tenths of a second
-    _Server(app, config).run()
+    try:
+        _Server(app, config).run()
+    finally:
+        app.state.archive.close()

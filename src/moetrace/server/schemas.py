@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ from moetrace.errors import RequestError
 _SAMPLING = SamplingParams()
 
 Prompt = str | list[int]
+Codec = Literal["raw", "bits", "set", "auto", "raw+zstd", "bits+zstd", "set+zstd", "auto+zstd"]
 
 
 def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
@@ -58,10 +59,15 @@ class GenerateParameters(BaseModel):
     skip_special_tokens: bool = Field(True, description="leave special tokens out of generated_text")
     return_details: bool = Field(False, description="return `tokens`: id, text and log-probability of each")
     return_prompt_logprobs: bool = Field(False, description="return `prompt_logprobs`")
-    return_routed_experts: bool = Field(False, description="return `routed_experts`")
+    return_routed_experts: bool | Literal["reference"] = Field(
+        False, description="return `routed_experts`, or where the server keeps them"
+    )
     routed_experts_start: int = Field(0, description="position of the first row to return, at most the prompt's length")
     routed_experts_layout: AxisOrder = Field("LTK", description="order of the axes: LTK or TLK")
     routed_experts_dtype: IdType = Field("int32", description="type of the expert ids")
+    routed_experts_codec: Codec | None = Field(
+        None, description="return them as a container: how their ids are packed; null: as an array of ids"
+    )
     routed_experts_every: int = Field(
         0, description="in a stream: new rows every so many tokens; 0: all at the end", ge=0
     )
@@ -96,6 +102,7 @@ class GenerateParameters(BaseModel):
         routing = [name for name in sorted(self.model_fields_set) if name.startswith("routed_experts_")]
         if routing and not self.return_routed_experts:
             raise RequestError(f"{routing[0]} says how to return routes that were not asked for", fix=_ASK)
+        self._check_routing_form()
         stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
         runs = [tuple(stop) for stop in stops if not isinstance(stop, str)]
         names = {item.name for item in fields(SamplingParams)} & set(type(self).model_fields) - {"stop_sequences"}
@@ -106,6 +113,19 @@ class GenerateParameters(BaseModel):
             stop_token_ids=tuple(run[0] for run in runs if len(run) == 1),
             stop_sequences=tuple(run for run in runs if len(run) != 1),
         )
+
+    def _check_routing_form(self) -> None:
+        """Raise `RequestError` where routes are to be a container and an array at the same time."""
+        if self.routed_experts_codec is None and self.return_routed_experts != "reference":
+            return
+        given = [name for name in ("routed_experts_dtype", "routed_experts_layout") if name in self.model_fields_set]
+        if given and (given != ["routed_experts_layout"] or self.routed_experts_layout != "TLK"):
+            raise RequestError(
+                "routes by codec or by reference are a container, which has a type and an order (TLK) of its own",
+                expected="routed_experts_dtype and routed_experts_layout absent",
+                got=", ".join(given),
+                fix="Leave them out, or ask for an array of ids: no codec, and no reference.",
+            )
 
 
 _ASK = 'Send "return_routed_experts": true with it.'

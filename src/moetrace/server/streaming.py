@@ -16,10 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from moetrace.engines.base import Engine, GenerateResult, Generation
 from moetrace.errors import MoetraceError
+from moetrace.server.archive import Archive
 from moetrace.server.bodies import Body, encode_json
 from moetrace.server.errors import error_facts
 from moetrace.server.metrics import Metrics
-from moetrace.server.responses import routes_of, token_of, usage_of
+from moetrace.server.payloads import routes_of
+from moetrace.server.responses import token_of, usage_of
 from moetrace.server.schemas import GenerateParameters
 from moetrace.server.texts import TextStream, Tokenizer
 from moetrace.trace import RoutingTrace
@@ -69,7 +71,12 @@ class Arrivals:
 
 
 async def token_events(
-    engine: Engine, arrivals: Arrivals, parameters: GenerateParameters, tokenizer: Tokenizer | None, metrics: Metrics
+    engine: Engine,
+    arrivals: Arrivals,
+    parameters: GenerateParameters,
+    tokenizer: Tokenizer | None,
+    metrics: Metrics,
+    archive: Archive,
 ) -> AsyncIterator[Body]:
     """An event for each token; the last one of a sequence is `finished` and brings what `/generate` would say of it."""
     streams: dict[int, _SequenceEvents] = {}
@@ -78,7 +85,7 @@ async def token_events(
             if number not in streams:
                 told = metrics.stream(arrivals.began)
                 streams[number] = _SequenceEvents(
-                    number, arrivals.generation.prompt_length, parameters, tokenizer, told
+                    number, arrivals.generation.prompt_length, parameters, tokenizer, archive, told
                 )
             stream = streams[number]
             if result is not None:
@@ -102,10 +109,11 @@ class _SequenceEvents:
         prompt_length: int,
         parameters: GenerateParameters,
         tokenizer: Tokenizer | None,
+        archive: Archive,
         arrived: Callable[[int], None],
     ) -> None:
         self._number, self._prompt_length = number, prompt_length
-        self._parameters, self._tokenizer = parameters, tokenizer
+        self._parameters, self._tokenizer, self._archive = parameters, tokenizer, archive
         self._text = None if tokenizer is None else TextStream(tokenizer, parameters.skip_special_tokens)
         self._sent, self._arrived = 0, arrived
         self._rows, self._rows_at = parameters.routed_experts_start, 0
@@ -125,7 +133,7 @@ class _SequenceEvents:
         events = self._events(tokens, logprobs)
         trace = None if read_routes is None else read_routes(tokens, self._rows)
         if trace is not None and trace.num_rows:
-            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows)
+            events[-1]["routed_experts"] = routes_of(trace, self._parameters, self._rows, self._archive)
             self._rows, self._rows_at = trace.stop, len(tokens)
         return _joined(events)
 
@@ -146,7 +154,7 @@ class _SequenceEvents:
         if result.prompt_logprobs is not None:
             last["prompt_logprobs"] = result.prompt_logprobs
         if result.trace is not None:
-            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows)
+            last["routed_experts"] = routes_of(result.trace, self._parameters, self._rows, self._archive)
         return _joined([*events, last])
 
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:

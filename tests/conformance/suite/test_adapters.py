@@ -61,7 +61,6 @@ def test_a_sound_engine_of_every_dialect_passes(name: str, tmp_path: Path) -> No
     assert report.dialect == name.split()[0]
     skipped = {check.name: check.reason for check in report.checks if check.status == "skipped"}
     lacks = {*LACKS[name], "dtype edges"} - {"abort"} | ({"weight update"} if name != "sglang" else set())
-    lacks |= {"payloads"} if name.startswith("vllm") else set()
     assert set(skipped) - {"abort"} == lacks
     assert all(skipped.values())
     assert report.rows > 5000

@@ -5,6 +5,9 @@
     pages freed   the pages of a request that asked for routes are gathered, before the next step can write there
     collect       another thread waits for them and puts the sequence together
 
+Capture can be stopped, and started again, between two steps. While it is stopped no step commits and no slot is marked:
+a mark always speaks of the key that is in its slot now.
+
 Axes: L MoE layers, K experts per token, T rows of a sequence.
 """
 
@@ -67,6 +70,7 @@ class CaptureCounts:
     sequences: int = 0
     rows: int = 0
     missing_rows: int = 0
+    errors: int = 0
 
 
 class StepCapture:
@@ -91,6 +95,7 @@ class StepCapture:
         self.layout = self._tap.layout
         self.fingerprint = self._tap.fingerprint
         self.counts = CaptureCounts()
+        self.is_on = True
         self._staging = Staging(self.layout, loop.max_batch_tokens, loop.device)
         self._store = RowStore(self.layout, loop.pages.num_pages, loop.pages.page_size, loop.device)
         self._histories: dict[str, _History] = {}
@@ -115,6 +120,11 @@ class StepCapture:
         return self._staging.order
 
     @property
+    def num_slots(self) -> int:
+        """Rows there is room for: one for each token that the cache can hold."""
+        return len(self._store.rows_SR)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that capture holds on the device."""
         return self._store.nbytes + self._staging.ids_LNK.nbytes
@@ -134,6 +144,23 @@ class StepCapture:
     def set_version(self, version: int) -> None:
         """Number the weights of the steps from now on; to be called on the generation thread."""
         self._store.set_version(version)
+
+    def start(self) -> None:
+        """Commit from the next step on. Pages that exist now hold no rows: `BatchLoop.forget_prefixes` goes with it. To
+        be called on the generation thread."""
+        self.is_on = True
+
+    def stop(self) -> None:
+        """Commit no more. Watched requests keep the rows they have; those they compute until `start` will be missing.
+        To be called on the generation thread, between two steps, on the compute stream."""
+        if not self.is_on:
+            return
+        for request_id, (pages, computed) in self._loop.running().items():
+            if request_id in self._histories:
+                self._queue(self._histories[request_id], self._part(pages, computed))
+        self.settle()
+        self._store.forget()
+        self.is_on = False
 
     def collect(self, request_id: str, inputs: Sequence[int]) -> CapturedRows:
         """Take away the rows of a watched request that is over: one for each token that was an input."""
@@ -162,7 +189,8 @@ class StepCapture:
 
     def assemble(self, parts: Sequence[_Part], inputs: Sequence[int]) -> CapturedRows:
         """One row for each token that was an input, from settled parts, oldest first. A row counts only if its slot was
-        written for that very token."""
+        written for that very token, and a position counts as its oldest part has it: where that has no row, a later
+        one is not of the computation that the token was sampled from."""
         num_rows = len(inputs)
         rows = CapturedRows(
             np.zeros((num_rows, self.layout.num_layers, self.layout.top_k), self.layout.dtype),
@@ -174,10 +202,14 @@ class StepCapture:
             assert part.pulled is not None
             experts_TLK, marks_T2 = part.pulled.read(part.first, len(part.pages))
             count = max(min(part.count, num_rows - part.start), 0)
-            here = np.flatnonzero(marks_T2[:count, 0] == tokens_T[part.start : part.start + count])
-            rows.experts_TLK[part.start + here] = experts_TLK[here]
-            rows.versions_T[part.start + here] = marks_T2[here, 1]
-            rows.valid_T[part.start + here] = True
+            there = slice(part.start, part.start + count)
+            valid_T = marks_T2[:count, 0] == tokens_T[there]
+            rows.experts_TLK[there] = experts_TLK[:count]
+            if not valid_T.all():
+                rows.experts_TLK[there][~valid_T] = 0
+            rows.versions_T[there] = marks_T2[:count, 1]
+            rows.valid_T[there] = valid_T
+        rows.experts_TLK.flags.writeable = False  # so that a trace need not copy it
         return rows
 
     # From here on: what the loop tells (see PageListener), on the generation thread.
@@ -186,7 +218,8 @@ class StepCapture:
         return self._tap.active(self._staging)
 
     def after_forward(self, step: StepSlots) -> None:
-        self._store.commit(self._staging, step)
+        if self.is_on:
+            self._store.commit(self._staging, step)
 
     def settle(self) -> None:
         if self._queued:
@@ -206,8 +239,7 @@ class StepCapture:
             history = self._histories[request_id] = _History(asked=False)  # its pages may come back, and be shared
         if history is None:
             return
-        capacity = len(pages) * self._store.page_size
-        part = _Part(0, capacity if computed is None else min(computed, capacity), pages)
+        part = self._part(pages, computed)
         self._queue(history, part)
         if not over:
             history.offloaded = part if pages else history.offloaded  # some releases give pages back twice
@@ -223,14 +255,19 @@ class StepCapture:
 
     def copied(self, sources: list[int], targets: list[int]) -> None:
         self.settle()  # a target may be a page that was given back a moment ago
-        self._store.copy(sources, targets)
+        if self.is_on:
+            self._store.copy(sources, targets)
 
     def restored(self, request_id: str, pages: list[int]) -> None:
         self.settle()
         history = self._histories.get(request_id)
         part = history.offloaded if history is not None else None
-        if part is not None and part.pulled is not None:
+        if part is not None and part.pulled is not None and self.is_on:
             self._store.put_back(pages[: len(part.pages)], part.pulled, part.first)
+
+    def _part(self, pages: list[int], computed: int | None) -> _Part:
+        capacity = len(pages) * self._store.page_size
+        return _Part(0, capacity if computed is None else min(computed, capacity), pages)
 
     def _queue(self, history: _History, part: _Part) -> None:
         if part.pages and part.count:

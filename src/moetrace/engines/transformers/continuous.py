@@ -9,6 +9,7 @@ pages, and lets other threads act between two steps. What is joined and where:
       offload, restore          a request is preempted; keys return from the host
     _generation_step            a step is launched
       _get_forward_fn           the forward and then the listener's commit; both inside the CUDA graph
+      _get_graph_key            which has a commit or none
     update_batch                results of a step (with asynchronous batching, of the one before)
       mark_*_complete           equal pages become one
       copy                      a fork copies pages
@@ -78,6 +79,9 @@ class BatchLoop:
         self.join(self._processor, "_generation_step", self._launch)
         self.join(self._processor, "update_batch", self._update)
         self.join(self._runner, "_get_forward_fn", self._forward_fn)
+        io = self._processor.inputs_and_outputs
+        for device_io in [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]:
+            self.join(device_io, "_get_graph_key", lambda own: (*own(), listener.is_on))
         copy = "perform_cache_copy" if hasattr(self._cache, "perform_cache_copy") else "copy_cache"
         self.join(self._cache, copy, self._copy)
         self.join(self._offloading, "restore_scheduled_requests", self._restore)
@@ -106,8 +110,11 @@ class BatchLoop:
             self._tasks.get()[1].set_exception(EngineError("the engine stopped before this was done"))
 
     def forget_prefixes(self) -> None:
-        """Share no page that exists now with a later request: its keys are of other weights. To be run by `call`."""
+        """Share no page that exists now with a later request: its keys are of other weights, or their rows are not
+        there. To be run by `call`."""
+        waiting = self._scheduler.waiting_requests
         self._stale |= set(self._scheduler.active_requests)
+        self._stale |= {request_id for request_id in waiting if waiting[request_id].is_cpu_offloaded}
         if hasattr(self._cache, "cache_allocators"):  # 5.18 and later
             self._cache.evict_cached_blocks()
             for allocator in self._cache.cache_allocators.values():
@@ -122,6 +129,12 @@ class BatchLoop:
         blocks._hash_to_id.clear()
         for block in blocks._id_to_block.values():
             block.hash = None
+
+    def running(self) -> dict[str, tuple[list[int], int]]:
+        """The pages of each running request, and how many of its positions hold what its tokens were really sampled
+        from. To be run by `call`."""
+        states = self._scheduler.active_requests
+        return {name: (list(self.pages.table.get(name, ())), _settled(state)) for name, state in states.items()}
 
     @contextmanager
     def on_compute_stream(self) -> Any:
@@ -219,10 +232,8 @@ class BatchLoop:
                 computed = self._cancelled[request_id].position_offset
                 self._listener.freed(request_id, pages, computed, over=True)
             elif self._preempting:
-                state = self._scheduler.active_requests[request_id]
-                # The result of a step in flight is thrown away: its token is sampled again.
-                known = len(state.initial_tokens) + len(state.generated_tokens) - 1
-                self._listener.freed(request_id, pages, min(state.position_offset, known), over=False)
+                computed = _settled(self._scheduler.active_requests[request_id])
+                self._listener.freed(request_id, pages, computed, over=False)
             else:
                 self._listener.freed(request_id, pages, None, over=True)
         own(request_id, *args, **kwargs)
@@ -277,6 +288,12 @@ class BatchLoop:
             with self.on_compute_stream():
                 assert self._listener is not None
                 self._listener.restored(state.request_id, list(self.pages.table[state.request_id]))
+
+
+def _settled(state: Any) -> int:
+    """Positions whose rows count if the request is computed again: the result of a step in flight is thrown away then,
+    and its token sampled again."""
+    return min(state.position_offset, len(state.initial_tokens) + len(state.generated_tokens) - 1)
 
 
 def _mark_complete_name(cache: Any) -> str:

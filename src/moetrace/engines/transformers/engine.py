@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from moetrace.engines.base import (
+    CaptureState,
     EngineConfig,
     FinishReason,
     GenerateResult,
@@ -24,9 +25,10 @@ from moetrace.engines.base import (
     Progress,
     SamplingParams,
     check_request,
+    require_capture,
 )
 from moetrace.engines.transformers import loading
-from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows, StepCapture
+from moetrace.engines.transformers.capture import CapturedRows, StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
 from moetrace.engines.transformers.prompt_scores import PromptScorer
@@ -108,9 +110,13 @@ class TransformersEngine:
         return self._capture.layout if self._capture else None
 
     @property
-    def capture_counts(self) -> CaptureCounts | None:
-        """What capture did so far, or None when it is off."""
-        return self._capture.counts if self._capture else None
+    def capture(self) -> CaptureState | None:
+        """Where capture stands, or None for an engine that was started without it."""
+        if self._capture is None:
+            return None
+        return CaptureState(
+            self._capture.is_on, self._capture.num_slots, self._capture.nbytes, **vars(self._capture.counts)
+        )
 
     @property
     def fingerprint(self) -> str | None:
@@ -239,6 +245,27 @@ class TransformersEngine:
 
         self._between_steps(apply)
 
+    def start_capture(self) -> None:
+        """Record again after `stop_capture`; see `Engine.start_capture`."""
+        capture = self._controlled_capture()
+
+        def start() -> None:
+            if not capture.is_on:
+                self._loop.forget_prefixes()
+                capture.start()
+
+        self._between_steps(start)
+
+    def stop_capture(self) -> None:
+        """Record nothing from the next step on; see `Engine.stop_capture`."""
+        self._between_steps(self._controlled_capture().stop)
+
+    def _controlled_capture(self) -> StepCapture:
+        require_capture(self.capture)
+        self._require_one_process("capture control")
+        assert self._capture is not None
+        return self._capture
+
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
         return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
@@ -345,7 +372,11 @@ class TransformersEngine:
         if self._capture and pending.return_routes:
             tokens = pending.prompt + generated
             inputs = tokens if pending.sampling.is_scoring else tokens[:-1]
-            trace = self._trace_of(self._capture.collect(output.request_id, inputs), tokens)
+            try:
+                trace = self._trace_of(self._capture.collect(output.request_id, inputs), tokens)
+            except Exception:
+                self._capture.counts.errors += 1
+                raise
             version = trace.weight_spans[-1].version if trace.weight_spans else version
         logprobs = list(output.logprobs)[: len(generated)]
         prompt_logprobs = self._prompt_logprobs(pending, reason)

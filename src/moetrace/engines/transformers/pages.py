@@ -14,6 +14,9 @@ SUPPORTED = "transformers 5.17 to 5.23"
 class PageListener(Protocol):
     """Someone who must know what happens to pages. All calls come from the generation thread, in order."""
 
+    is_on: bool
+    """Whether steps commit. Changes between two steps only; CUDA graphs with and without a commit are kept apart."""
+
     def forwards(self) -> AbstractContextManager[None]:
         """Open while a step's forward runs, is traced, or is captured in a CUDA graph."""
         ...

@@ -15,7 +15,7 @@ import numpy as np
 
 from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.suite.asking import Rows
-from moetrace.dialects import from_lightllm, from_sglang
+from moetrace.dialects import from_lightllm, from_sglang, from_vllm_http
 from moetrace.errors import CheckError, MoetraceError
 
 
@@ -71,7 +71,10 @@ def rows_of_vllm(payload: Any, tokens: Sequence[int], form: DyeForm, start: int)
             "routed_experts has another form", expected="[T, L, K] integers", got=f"{array.shape} {array.dtype}"
         )
     ids_TLK = array.astype(np.int64)
-    return Rows(ids_TLK, ~(ids_TLK == -1).all(axis=(1, 2)), all_layers=True)
+    refusal = _refusal(
+        lambda: from_vllm_http(payload, tokens, form.layout, form.num_layers, start=start, order=form.order)
+    )
+    return Rows(ids_TLK, ~(ids_TLK == -1).all(axis=(1, 2)), all_layers=True, refusal=refusal)
 
 
 def joined(pieces: Sequence[Rows]) -> Rows:

@@ -112,7 +112,6 @@ def test_layers_without_a_place_are_refused(layers: tuple[int, ...], num_layers:
         (by_hand(IDS_TDK[:2]), {}, "80 bytes, 2 rows"),
         (by_hand([*IDS_TDK, IDS_TDK[0]]), {}, "160 bytes, 4 rows"),
         (by_hand(IDS_TDK), {"start": 1}, "120 bytes, 3 rows"),
-        (by_hand(IDS_TDK), {"start": -1}, "120 bytes, 3 rows"),
         (by_hand(IDS_TDK), {"num_layers": 6}, "120 bytes, 2.5 rows"),
         (by_hand(IDS_TDK), {"layout": MoeLayout((1, 3), 8, 3)}, "120 bytes, 2 rows"),
         (base64.b64encode(np.array(IDS_TDK, np.int64).tobytes()).decode(), {}, "240 bytes, 6 rows"),
@@ -127,7 +126,13 @@ def test_a_payload_of_another_length_or_type_is_refused(payload: str, changes: d
         from_sglang(payload, **arguments)
 
 
-@pytest.mark.parametrize("payload", ["!", "AAA", None, 3, "ä"])
+@pytest.mark.parametrize("start", [-1, 5])
+def test_a_start_outside_the_tokens_is_refused(start: int) -> None:
+    with refused(FormatError, "start is no position of these tokens", expected="<= 4", got=start):
+        from_sglang("", TOKENS, LAYOUT, 5, start=start)
+
+
+@pytest.mark.parametrize("payload", ["!", "AAA", "AAAA=", "_-AA", "AAA\n", None, 3, b"AAAA", "ä"])
 def test_what_is_not_base64_is_refused(payload: Any) -> None:
     with refused(FormatError, "the payload is not base64"):
         from_sglang(payload, TOKENS, LAYOUT, 5)
