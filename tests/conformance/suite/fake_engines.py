@@ -99,6 +99,8 @@ class FakeVLLM(FakeEngine):
             return httpx.Response(404)
         body = json.loads(request.content)
         sampling, prompt = body.get("sampling_params", body), body.get("token_ids") or body["prompt"]
+        if sampling.get("routed_experts_prompt_start", 0) >= len(prompt):
+            return httpx.Response(400, json={"error": {"message": "routed_experts_prompt_start must be below P"}})
         choices: list[dict[str, Any]] = []
         for index in range(sampling["n"]):
             hot = sampling["temperature"] > 0

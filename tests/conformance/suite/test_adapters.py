@@ -64,6 +64,8 @@ def test_a_sound_engine_of_every_dialect_passes(name: str, tmp_path: Path) -> No
     assert set(skipped) - {"abort"} == lacks
     assert all(skipped.values())
     assert report.rows > 5000
+    [offsets] = [check for check in report.checks if check.name == "start offset"]
+    assert ["must be below P" in note for note in offsets.notes] == ([True] if name == "vllm" else [])
 
 
 def bent(engine: FakeEngine, bend: Callable[[dict], object]) -> httpx.AsyncClient:
