@@ -94,10 +94,12 @@ def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     knobs = {
         "port": port,
         "weight-version": "a0",
+        "served-model-name": "dye",
         "max-requests": MAX_REQUESTS,
         "max-body-bytes": MAX_BODY_BYTES,
         "kv-cache-tokens": 8 * WINDOW,
         "max-running-requests": 32,
+        "archive-bytes": 2 << 20,
         "shutdown-seconds": 2,
     }
     flags = [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
@@ -251,7 +253,7 @@ async def at_rest(client: Client) -> None:
         if found[name,]:
             ledger.fault(f"{name} is {found[name,]} at rest")
     left = sum(count for (_, outcome), count in ledger.ended.items() if outcome in ("left", "lost", "fault"))
-    for path in ("/generate", "/generate_stream"):
+    for path in ("/generate", "/generate_stream", "/sglang/generate", "/v1/completions"):
         own, its = ledger.answered[path, 200], found.get(("moetrace_requests_total", path, "200"), 0)
         if not own <= its <= own + left:
             ledger.fault(f"{path} answered {its} times with 200 by the server's count, {own} by ours and {left} left")

@@ -6,6 +6,7 @@ Axes: V vocabulary, T rows, L MoE layers, K experts per token.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import time
@@ -17,8 +18,11 @@ from typing import Any
 import httpx
 from dye import Dye
 
-from moetrace.dialects import from_lightllm
+from moetrace.dialects import from_lightllm, from_sglang
 from moetrace.errors import MoetraceError
+from moetrace.format import load
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace
 
 WINDOW = 512
 MAX_BODY_BYTES = 65_536
@@ -77,7 +81,7 @@ class Closed:
         """A payload of routes: `rows` rows from `start` on, each as its weight version has it, and if all were
         computed, none missing."""
         try:
-            trace = from_lightllm(payload, tokens)
+            trace = from_lightllm(payload, tokens) if "dtype" in payload else trace_in(payload["data"], tokens)
         except MoetraceError as error:
             raise SoakError(f"a payload that cannot be read: {error}") from error
         if (trace.start, trace.num_rows) != (start, rows) or (computed and trace.num_valid != rows):
@@ -98,6 +102,27 @@ class Closed:
         ledger.missing += rows - trace.num_valid
         ledger.rows, ledger.traces = ledger.rows + rows, ledger.traces + 1
         ledger.changed += len(trace.weight_spans) > 1
+
+    def check_sglang(self, ledger: Ledger, payload: str, tokens: list[int], start: int) -> None:
+        """SGLang's payload of all rows from `start` on. It does not say which weights made a row: any may have."""
+        layout = MoeLayout(self.dye.layers, self.dye.num_experts, self.dye.top_k)
+        num_layers = self.dye.config.num_hidden_layers
+        try:
+            trace = from_sglang(payload, tokens, layout, num_layers, start=min(start, len(tokens) - 1))
+        except MoetraceError as error:
+            raise SoakError(f"a payload that cannot be read: {error}") from error
+        own = tokens[start : start + trace.num_rows]
+        right = [(trace.experts_TLK == table[own]).all(axis=(1, 2)) for table in self.tables_VLK.values()]
+        if not (right[0] | right[1]).all():
+            raise SoakError(f"{(~(right[0] | right[1])).sum()} of {trace.num_rows} rows are wrong")
+        ledger.rows, ledger.traces = ledger.rows + trace.num_rows, ledger.traces + 1
+
+
+def trace_in(data: str, tokens: list[int]) -> RoutingTrace:
+    """The one trace of a container in base64, recorded on these tokens."""
+    (trace,) = load(base64.b64decode(data, validate=True))
+    trace.require_tokens(tokens, "those of the answer")
+    return trace
 
 
 class Client:
@@ -199,9 +224,7 @@ class Client:
         if reason == "abort" and not own_abort and self.aborted_all_at < began:
             raise SoakError("it was aborted, and nobody had asked for that")
         self.ledger.tokens += len(output)
-        if ("routed_experts" in sequence and sequence["routed_experts"] is not None) != parameters.get(
-            "return_routed_experts", False
-        ):
+        if (sequence.get("routed_experts") is not None) != bool(parameters.get("return_routed_experts")):
             raise SoakError("routes that were asked for are missing, or others came")
         if parameters.get("return_routed_experts"):
             tokens, start = prompt + output, parameters.get("routed_experts_start", 0)
@@ -213,6 +236,19 @@ class Client:
     @staticmethod
     def _axis(parameters: Body) -> int:
         return 0 if parameters.get("routed_experts_layout", "LTK") == "TLK" else 1
+
+    def check_sglang(self, prompt: list[int], asked: int, start: int, answer: Body, began: float) -> None:
+        """An answer in SGLang's dialect, which says nothing of its routes but one version for all."""
+        output, meta = answer["output_ids"], answer["meta_info"]
+        if output != self.closed.dye.continuation(prompt[-1], len(output)):
+            raise SoakError(f"{len(output)} tokens that the model does not say")
+        kind = meta["finish_reason"]["type"]
+        if (kind, len(output)) != ("length", asked) and (kind != "abort" or self.aborted_all_at < began):
+            raise SoakError(f"{len(output)} tokens of {asked} and {kind!r}")
+        self.ledger.tokens += len(output)
+        if kind == "abort" and meta["routed_experts"] is None:
+            return
+        self.closed.check_sglang(self.ledger, meta["routed_experts"], prompt + output, start)
 
     async def stream(self, body: Body, parameters: Body, prompt: list[int], leave_after: int | None = None) -> str:
         """A stream, to its end or left after so many events."""

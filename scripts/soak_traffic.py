@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import time
@@ -114,6 +115,83 @@ async def scored(client: Client) -> str:
     if answer is None:
         return "429"
     client.check(prompt, parameters, answer, began)
+    return "200"
+
+
+async def coded(client: Client) -> str:
+    """Routes in a container. The codec `set` gives ids that ascend, so it is left to other tests."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    parameters = _routed(client, len(prompt), True)
+    answer = await client.ask("/generate", {"inputs": inputs, "parameters": parameters})
+    if answer is None:
+        return "429"
+    client.check(prompt, parameters, answer, began)
+    return "200"
+
+
+async def kept(client: Client) -> str:
+    """Routes by reference, fetched whole or in two ranges, and now and then deleted."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    parameters = _routed(client, len(prompt), "reference")
+    answer = await client.ask("/generate", {"inputs": inputs, "parameters": parameters})
+    if answer is None:
+        return "429"
+    reference = answer["routed_experts"]["reference"]
+    path, size = reference["path"], reference["num_bytes"]
+    cut, pieces = client.chance.choice((0, size // 2)), b""
+    for first, last in [(0, cut), (cut, size)] if cut else [(0, size)]:
+        headers = {"Range": f"bytes={first}-{last - 1}"} if cut else {}
+        response = await client.http.get(path, headers=headers)
+        if response.status_code == 404:
+            return "evicted"
+        if response.status_code != (206 if cut else 200):
+            raise SoakError(f"{path} answered {response.status_code}")
+        pieces += response.content
+    answer["routed_experts"] = {"data": base64.b64encode(pieces).decode()}
+    client.check(prompt, parameters, answer, began)
+    if client.chance.random() < 0.3:
+        response = await client.http.delete(path)
+        if response.status_code not in (204, 404):
+            raise SoakError(f"DELETE {path} answered {response.status_code}")
+    return "200"
+
+
+def _routed(client: Client, prompt_length: int, how: bool | str) -> Body:
+    parameters: Body = {"max_new_tokens": client.chance.randint(1, 120), "return_routed_experts": how}
+    parameters["routed_experts_codec"] = client.chance.choice(("raw", "bits", "auto"))
+    if client.chance.random() < 0.4:
+        parameters["routed_experts_start"] = client.chance.randint(0, prompt_length)
+    return parameters
+
+
+async def sglang(client: Client) -> str:
+    """SGLang's dialect, whose payload has no word for what it holds."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    asked, start = client.chance.randint(1, 60), client.chance.randint(0, len(prompt))
+    body = {"text" if isinstance(inputs, str) else "input_ids": inputs, "return_routed_experts": True}
+    body |= {"sampling_params": {"max_new_tokens": asked, "temperature": 0}, "routed_experts_start_len": start}
+    answer = await client.ask("/sglang/generate", body)
+    if answer is None:
+        return "429"
+    client.check_sglang(prompt, asked, start, answer, began)
+    return "200"
+
+
+async def openai(client: Client) -> str:
+    """OpenAI's completions: text only."""
+    began, (prompt, inputs) = time.monotonic(), client.prompt()
+    asked = client.chance.randint(1, 60)
+    body = {"model": "dye", "prompt": inputs, "max_tokens": asked, "temperature": 0}
+    answer = await client.ask("/v1/completions", body)
+    if answer is None:
+        return "429"
+    choice, count = answer["choices"][0], answer["usage"]["completion_tokens"]
+    expected = bytes(token for token in client.closed.dye.continuation(prompt[-1], count) if token < 256)
+    if choice["text"] != expected.decode(errors="replace"):
+        raise SoakError(f"{choice['text']!r} is not what the model says")
+    if count != asked and client.aborted_all_at < began:
+        raise SoakError(f"{count} tokens of {asked}, and nobody aborted")
+    client.ledger.tokens += count
     return "200"
 
 
@@ -265,6 +343,10 @@ KINDS: dict[str, tuple[int, Kind]] = {
     "batch": (8, batched),
     "stop": (8, stopped),
     "score": (6, scored),
+    "codec": (5, coded),
+    "reference": (6, kept),
+    "sglang": (6, sglang),
+    "openai": (4, openai),
     "leave": (5, left),
     "leave stream": (5, stream_left),
     "abort one": (5, aborted),

@@ -15,7 +15,7 @@ import numpy as np
 from moetrace.dialects.checks import MISSING_ID, IdType, require_id_type
 from moetrace.dialects.lightllm import AxisOrder, describe, from_lightllm, lightllm_parts, to_lightllm
 from moetrace.dialects.megatron import from_megatron, from_megatron_http, to_megatron, to_megatron_http
-from moetrace.dialects.sglang import from_sglang, to_sglang
+from moetrace.dialects.sglang import from_sglang, sglang_ids, to_sglang
 from moetrace.dialects.trtllm import from_trtllm, to_trtllm
 from moetrace.dialects.vllm import from_vllm, from_vllm_http, to_vllm, to_vllm_http
 from moetrace.errors import FormatError
@@ -39,6 +39,7 @@ __all__ = [
     "from_vllm_http",
     "lightllm_parts",
     "require_id_type",
+    "sglang_ids",
     "to_lightllm",
     "to_megatron",
     "to_megatron_http",

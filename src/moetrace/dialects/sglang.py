@@ -40,8 +40,13 @@ def to_sglang(trace: RoutingTrace, num_layers: int) -> str:
         MissingRowError: a row was not captured. The payload has no place to say so.
         FormatError: the model's layers have no place in the payload.
     """
+    return encode_base64(sglang_ids(trace, num_layers).tobytes())
+
+
+def sglang_ids(trace: RoutingTrace, num_layers: int) -> np.ndarray:
+    """`to_sglang` for who encodes by themselves: `[T, D, K]`, little-endian int32. Raises what it raises."""
     require_all_captured(trace, "SGLang")
-    return encode_base64(with_dense_layers(trace, num_layers, _INT32, "SGLang").tobytes())
+    return with_dense_layers(trace, num_layers, _INT32, "SGLang")
 
 
 def from_sglang(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 
 from moetrace import __version__
 from moetrace.engines.base import Engine
@@ -52,7 +52,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer | None = None, config: Serve
     @app.get(
         "/metrics",
         summary="Prometheus metrics",
-        response_class=PlainTextResponse,
+        response_class=Response,
         responses=content("text/plain", "Prometheus' text format") | errors(),
     )
     async def prometheus() -> Response:

@@ -17,11 +17,12 @@ from moetrace.dialects import require_id_type
 from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
 from moetrace.errors import FormatError, RequestError
 from moetrace.layout import MoeLayout
+from moetrace.server.answers import ErrorResponse, GenerateResponse, StreamEvent
 from moetrace.server.archive import Archive
 from moetrace.server.bodies import BodyResponse
 from moetrace.server.config import ServerConfig
 from moetrace.server.metrics import Metrics
-from moetrace.server.openapi import ErrorResponse, GenerateResponse, StreamEvent, answer, errors
+from moetrace.server.openapi import answer, errors, events
 from moetrace.server.requests import RequestTable, Running
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
@@ -140,9 +141,8 @@ def generation_routes(generator: Generator) -> APIRouter:
     @router.post(
         "/generate_stream",
         summary="Generate from one prompt; tokens come as server-sent events",
-        status_code=200,
-        response_class=EventStream,
-        responses=answer(StreamEvent | ErrorResponse) | refusals,
+        response_class=Response,
+        responses=events(StreamEvent | ErrorResponse) | refusals,
     )
     async def generate_stream(request: GenerateRequest, http: Request) -> Response:
         parameters = request.parameters

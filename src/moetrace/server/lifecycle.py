@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import Engine
 from moetrace.errors import RequestError
-from moetrace.server.openapi import Aborted, Health, ModelFacts, Paused, Readiness, WeightsFacts, answer, errors
+from moetrace.server.answers import Aborted, Health, ModelFacts, Paused, Readiness, WeightsFacts
+from moetrace.server.openapi import answer, errors
 from moetrace.server.requests import RequestTable
 
 
@@ -40,7 +41,7 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
     @router.get(
         "/health",
         summary="200 while the engine can serve, else 503",
-        responses=answer(Health) | {503: {"model": Health, "description": "The engine has stopped."}},
+        responses=answer(Health) | {503: answer(Health, "The engine has stopped.")[200]},
     )
     async def health() -> JSONResponse:
         healthy = engine.is_healthy()
@@ -50,7 +51,7 @@ def lifecycle_routes(engine: Engine, requests: RequestTable) -> APIRouter:
     @router.get(
         "/ready",
         summary="200 while a request would be served at once, else 503",
-        responses=answer(Readiness) | {503: {"model": Readiness, "description": "It would not."}},
+        responses=answer(Readiness) | {503: answer(Readiness, "It would not.")[200]},
     )
     async def ready() -> JSONResponse:
         state = "paused" if engine.is_paused else "ready"

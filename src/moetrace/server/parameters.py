@@ -1,4 +1,4 @@
-"""What the dialects' request schemas share: parameters that are refused by name, and greedy by temperature."""
+"""What the request schemas share: parameters that are refused by name, and greedy by temperature."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def require_neutral(
                 got=shown if len(shown) <= 80 else f"{shown[:77]}...",
                 param=name,
             )
+
+
+def close(schema: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], ignored: Collection[str] = ()) -> None:
+    """Describe in a JSON schema what `require_neutral` demands."""
+    schema["additionalProperties"] = False
+    for name, values in neutral.items():
+        schema["properties"][name] = {"enum": list(values), "description": "not supported; may be sent as neutral"}
+    for name in ignored:
+        schema["properties"][name] = {"description": "makes no difference"}
 
 
 def by_temperature(temperature: float) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 
 from moetrace.engines.base import Engine
 from moetrace.errors import RequestError
+from moetrace.server.answers import CaptureChange, RoutingFacts
 from moetrace.server.archive import Archive
 from moetrace.server.errors import error_response
-from moetrace.server.openapi import CaptureChange, RoutingFacts, content, errors
+from moetrace.server.openapi import content, errors
 from moetrace.server.payloads import TRACES
 from moetrace.server.ranges import SourceResponse, is_known, range_of
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moetrace.dialects import AxisOrder, IdType
 from moetrace.engines.base import SamplingParams
 from moetrace.errors import RequestError
+from moetrace.server.parameters import close
 
 _SAMPLING = SamplingParams()
 
@@ -24,7 +25,7 @@ def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
     return [inputs]  # type: ignore[list-item]
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "repetition_penalty": (1, 1.0),
@@ -40,7 +41,7 @@ _UNSEEDED = -1
 class GenerateParameters(BaseModel):
     """How one request is generated, and what it returns beside the text."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=lambda schema: close(schema, _NEUTRAL))
 
     max_new_tokens: int = Field(_SAMPLING.max_new_tokens, description="most tokens to generate; 0 scores the prompt")
     min_new_tokens: int = Field(_SAMPLING.min_new_tokens, description="fewest tokens to generate")
@@ -79,16 +80,16 @@ class GenerateParameters(BaseModel):
             RequestError: a value is out of range, or a parameter is unknown, not supported or contradicts another.
         """
         for name, value in (self.model_extra or {}).items():
-            if name not in NEUTRAL:
+            if name not in _NEUTRAL:
                 raise RequestError(
                     f"parameter {name!r} is unknown",
-                    expected=", ".join(sorted({*type(self).model_fields, *NEUTRAL})),
+                    expected=", ".join(sorted({*type(self).model_fields, *_NEUTRAL})),
                     got=name,
                 )
-            if value not in NEUTRAL[name]:
+            if value not in _NEUTRAL[name]:
                 raise RequestError(
                     f"parameter {name!r} is not supported by this server",
-                    expected=f"it absent, or {NEUTRAL[name][0]!r}",
+                    expected=f"it absent, or {_NEUTRAL[name][0]!r}",
                     got=repr(value),
                     fix=_WITHOUT_PENALTIES if name.endswith("_penalty") else "Leave it out.",
                 )

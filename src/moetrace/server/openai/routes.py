@@ -17,9 +17,12 @@ from moetrace.engines.base import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError, UnknownModelError
 from moetrace.server.errors import openai_facts
 from moetrace.server.generation import Generator
+from moetrace.server.openai.answers import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList, OpenAIError
 from moetrace.server.openai.chat import chat_tokens
 from moetrace.server.openai.schemas import ChatRequest, CompletionRequest, OpenAIRequest
 from moetrace.server.openai.shapes import ChatShape, Choice, CompletionShape, Response, Shape, reason_of, usage_of
+from moetrace.server.openapi import answer as answer_of
+from moetrace.server.openapi import either, errors, events
 from moetrace.server.schemas import prompts_in
 from moetrace.server.streaming import Arrivals, EventStream
 from moetrace.server.texts import Tokenizer, prompt_tokens
@@ -28,25 +31,37 @@ from moetrace.server.texts import Tokenizer, prompt_tokens
 def openai_routes(generator: Generator, model_name: str) -> APIRouter:
     """The routes that OpenAI's clients know."""
     router = APIRouter(prefix="/v1")
-    card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "moetrace"}
+    card: ModelCard = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "moetrace"}
 
-    @router.get("/models", summary="The served model (OpenAI's contract)")
-    async def models() -> dict[str, Any]:
+    refusals = errors(400, 404, 409, 413, 429, 503, form=OpenAIError)
+
+    @router.get("/models", summary="The served model (OpenAI's contract)", responses=errors(form=OpenAIError))
+    async def models() -> ModelList:
         return {"object": "list", "data": [card]}
 
-    @router.get("/models/{model:path}", summary="The served model, by its name")
-    async def model(model: str) -> dict[str, Any]:
+    @router.get(
+        "/models/{model:path}", summary="The served model, by its name", responses=errors(404, form=OpenAIError)
+    )
+    async def model(model: str) -> ModelCard:
         _require_served(model, model_name)
         return card
 
-    @router.post("/completions", summary="Continue one prompt, or several (OpenAI's contract)")
+    @router.post(
+        "/completions",
+        summary="Continue one prompt, or several (OpenAI's contract)",
+        responses=either(answer_of(Completion), events(Completion | OpenAIError, end="[DONE]")) | refusals,
+    )
     async def completions(request: CompletionRequest, http: Request) -> HTTPResponse:
         tokenizer = _checked(request)
         sampling = request.sampling()
         prompts = await asyncio.to_thread(prompt_tokens, prompts_in(request.prompt), True, tokenizer)
         return await answer(request, http, CompletionShape(), tokenizer, prompts, sampling, request.wants_logprobs)
 
-    @router.post("/chat/completions", summary="Answer in a conversation (OpenAI's contract)")
+    @router.post(
+        "/chat/completions",
+        summary="Answer in a conversation (OpenAI's contract)",
+        responses=either(answer_of(ChatCompletion), events(ChatChunk | OpenAIError, end="[DONE]")) | refusals,
+    )
     async def chat(request: ChatRequest, http: Request) -> HTTPResponse:
         tokenizer = _checked(request)
         prompt = await asyncio.to_thread(chat_tokens, request.messages, tokenizer)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import SamplingParams
 from moetrace.errors import RequestError
-from moetrace.server.parameters import by_temperature, require_neutral
+from moetrace.server.parameters import by_temperature, close, require_neutral
 from moetrace.server.schemas import Prompt
 
 _IGNORED = (
@@ -39,10 +39,14 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(False, description="accepted; chunks are never padded")
 
 
+def _closed(schema: dict[str, Any], kind: type[OpenAIRequest]) -> None:
+    close(schema, kind.neutral, _IGNORED)
+
+
 class OpenAIRequest(BaseModel):
     """What both endpoints take."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_closed)
 
     model: str = Field(description="name of the served model, as /v1/models says it")
     n: int | None = Field(1, description="sequences to generate from each prompt")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moetrace.dialects import to_sglang
+from moetrace.dialects import sglang_ids
 from moetrace.engines.base import GenerateResult, SamplingParams
 from moetrace.errors import MissingRowError
+from moetrace.server.bodies import Base64
 from moetrace.server.sglang.schemas import SGLangRequest
 from moetrace.server.texts import ShownText, Tokenizer, ended_by, shown_text
 from moetrace.trace import RoutingTrace
@@ -110,9 +111,9 @@ class Writer:
         rows = trace.slice(min(start, stop), stop)
         return {"routed_experts": self._payload(rows, result), "routed_experts_start_len": start}
 
-    def _payload(self, rows: RoutingTrace, result: GenerateResult) -> str | None:
+    def _payload(self, rows: RoutingTrace, result: GenerateResult) -> Base64 | None:
         try:
-            return to_sglang(rows, self.num_layers)
+            return Base64(sglang_ids(rows, self.num_layers))
         except MissingRowError:
             if result.finish_reason != "abort":
                 raise

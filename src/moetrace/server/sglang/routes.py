@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -15,13 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError
+from moetrace.server.answers import ErrorResponse
+from moetrace.server.bodies import Body, BodyResponse, encode_json
 from moetrace.server.errors import error_facts
 from moetrace.server.generation import Generator
+from moetrace.server.openapi import Responses, answer, either, errors, events
+from moetrace.server.sglang.answers import ModelInfo, SGLangResponse, WeightVersion
 from moetrace.server.sglang.responses import Writer
 from moetrace.server.sglang.schemas import SGLangRequest
 from moetrace.server.streaming import Arrivals, EventStream
 from moetrace.server.texts import ShownText, prompt_tokens
 
+_UNHEALTHY: Responses = {503: {"description": "No."}}
 _HEALTH_SECONDS = 20.0
 _OFF_LOOP_TOKENS = 256
 """Events of longer sequences are encoded in another thread: each brings the whole sequence."""
@@ -41,7 +45,14 @@ def sglang_routes(generator: Generator) -> APIRouter:
     router = APIRouter(prefix="/sglang")
     engine, requests = generator.engine, generator.requests
 
-    @router.post("/generate", summary="Generate from one prompt, or several (SGLang's contract)")
+    @router.post(
+        "/generate",
+        summary="Generate from one prompt, or several (SGLang's contract)",
+        responses=either(
+            answer(SGLangResponse | list[SGLangResponse]), events(SGLangResponse | ErrorResponse, end="[DONE]")
+        )
+        | errors(400, 409, 413, 422, 429, 503),
+    )
     async def generate(request: SGLangRequest, http: Request) -> Response:
         request.check()
         prompts = await asyncio.to_thread(prompt_tokens, request.prompts, True, generator.tokenizer)
@@ -66,9 +77,14 @@ def sglang_routes(generator: Generator) -> APIRouter:
             queue()
             results = await generator.results(running, http)
             body = await asyncio.to_thread(_whole, writer, results)
-        return Response(body, media_type="application/json")
+        return BodyResponse(body)
 
-    @router.post("/abort_request", summary="End requests; their clients get what there is (SGLang's contract)")
+    @router.post(
+        "/abort_request",
+        summary="End requests; their clients get what there is (SGLang's contract)",
+        response_class=Response,
+        responses=errors(400, 413, 422),
+    )
     async def abort_request(request: SGLangAbort) -> Response:
         if request.abort_all:
             requests.abort_all()
@@ -76,11 +92,18 @@ def sglang_routes(generator: Generator) -> APIRouter:
             requests.abort([request.rid])
         return Response()
 
-    @router.get("/health", summary="200 while requests are taken, else 503")
+    @router.get(
+        "/health", summary="200 while requests are taken, else 503", response_class=Response, responses=_UNHEALTHY
+    )
     async def health() -> Response:
         return Response(status_code=200 if engine.is_healthy() and not requests.is_draining else 503)
 
-    @router.get("/health_generate", summary="200 if a token could be generated, else 503")
+    @router.get(
+        "/health_generate",
+        summary="200 if a token could be generated, else 503",
+        response_class=Response,
+        responses=_UNHEALTHY | errors(),
+    )
     async def health_generate() -> Response:
         with suppress(MoetraceError, TimeoutError):
             if not engine.is_paused and not requests.is_draining:
@@ -92,16 +115,21 @@ def sglang_routes(generator: Generator) -> APIRouter:
                 return Response()
         return Response(status_code=503)
 
-    @router.get("/get_model_info", summary="Which model, with which weights")
+    @router.get("/get_model_info", summary="Which model, with which weights", responses=errors())
     @router.get("/model_info", include_in_schema=False)
-    async def model_info() -> dict[str, Any]:
+    async def model_info() -> ModelInfo:
         path = getattr(generator.tokenizer, "name_or_path", None)
-        facts = {"model_path": path, "tokenizer_path": path, "is_generation": True}
-        return facts | {"preferred_sampling_params": None, "weight_version": engine.weight_version}
+        return {
+            "model_path": path,
+            "tokenizer_path": path,
+            "is_generation": True,
+            "preferred_sampling_params": None,
+            "weight_version": engine.weight_version,
+        }
 
-    @router.get("/get_weight_version", summary="Which weights")
+    @router.get("/get_weight_version", summary="Which weights", responses=errors())
     @router.get("/weight_version", include_in_schema=False)
-    async def weight_version() -> dict[str, str]:
+    async def weight_version() -> WeightVersion:
         return {"weight_version": engine.weight_version}
 
     return router
@@ -114,12 +142,12 @@ def _check_start(name: str, start: int, prompt_length: int) -> None:
         )
 
 
-def _whole(writer: Writer, results: list[list[GenerateResult]]) -> bytes:
+def _whole(writer: Writer, results: list[list[GenerateResult]]) -> Body:
     answers = [writer.whole(number, result) for number, of_prompt in enumerate(results) for result in of_prompt]
-    return json.dumps(answers if writer.request.is_list else answers[0], allow_nan=False).encode()
+    return encode_json(answers if writer.request.is_list else answers[0])
 
 
-async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], generator: Generator) -> AsyncIterator[bytes]:
+async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], generator: Generator) -> AsyncIterator[Body]:
     """Each sequence so far, as tokens come; at the end a mark."""
     interval = writer.request.sampling_params_given.stream_interval or 1
     streams: dict[int, _Stream] = {}
@@ -139,7 +167,7 @@ async def _events(writer: Writer, arrivals: Arrivals, lengths: list[int], genera
                 yield part() if len(tokens) < _OFF_LOOP_TOKENS else await asyncio.to_thread(part)
     except MoetraceError as error:
         yield _event({"error": error_facts(error)})
-    yield b"data: [DONE]\n\n"
+    yield Body(b"data: [DONE]\n\n")
 
 
 class _Stream:
@@ -160,7 +188,7 @@ class _Stream:
         self._told(count - self._seen)
         self._seen = count
 
-    def part(self, tokens: list[int], logprobs: list[float], version: str) -> bytes:
+    def part(self, tokens: list[int], logprobs: list[float], version: str) -> Body:
         """The sequence so far."""
         if self._shown is not None:
             self._text += "".join(self._shown.add(token) for token in tokens[self.sent :])
@@ -168,10 +196,10 @@ class _Stream:
         facts = self._writer.part(self._number, self._prompt_length, self._text, tokens, logprobs, version)
         return _event(facts | self._index)
 
-    def last(self, result: GenerateResult) -> bytes:
+    def last(self, result: GenerateResult) -> Body:
         """The whole sequence."""
         return _event(self._writer.whole(self._number, result) | self._index)
 
 
-def _event(facts: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(facts, allow_nan=False).encode() + b"\n\n"
+def _event(facts: dict[str, Any]) -> Body:
+    return Body(b"data: ") + encode_json(facts) + Body(b"\n\n")

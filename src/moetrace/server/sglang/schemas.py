@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.engines.base import SamplingParams
 from moetrace.errors import RequestError
-from moetrace.server.parameters import by_temperature, require_neutral
+from moetrace.server.parameters import by_temperature, close, require_neutral
 from moetrace.server.schemas import Prompt, prompts_in
 
 _NO_TEMPERATURE = 1e-6
@@ -74,7 +74,11 @@ _IGNORED = (
 class SGLangSampling(BaseModel):
     """How to generate. Null is the default, as in SGLang."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra=lambda schema: close(schema, _SAMPLING_NEUTRAL, _SAMPLING_IGNORED),
+    )
 
     max_new_tokens: int | None = Field(
         128, description="most tokens to generate; null: the rest of the window; 0 scores the prompt"
@@ -96,7 +100,9 @@ class SGLangSampling(BaseModel):
 class SGLangRequest(BaseModel):
     """One prompt or several, as text or as token ids."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow", strict=True, json_schema_extra=lambda schema: close(schema, _NEUTRAL, _IGNORED)
+    )
 
     text: str | list[str] | None = Field(None, description="the prompt, or a list of prompts")
     input_ids: list[int] | list[list[int]] | None = Field(None, description="the prompt's token ids, or a list of such")
