@@ -14,7 +14,7 @@ from moetrace.commands import check, dye
 from moetrace.commands.files import add_commands
 from moetrace.commands.knobs import add_knobs, knobs_of
 from moetrace.commands.rollout import add_rollout
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 from moetrace.server.config import ServerConfig
 

@@ -15,7 +15,8 @@ from dye import Dye
 from test_lifecycle import DEVICE, rerouted
 from test_transformers_engine import CAPTURE, assert_dyed, generate, prompts_of
 
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureOffError, EngineError
 

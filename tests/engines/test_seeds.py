@@ -16,7 +16,8 @@ import torch
 from dye import Dye
 from test_transformers_engine import CAPTURE, assert_dyed
 
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine, noise, sampling
 from moetrace.engines.transformers.noise import draw_key, gumbel, hashes
 

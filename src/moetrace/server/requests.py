@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from moetrace.engines.base import Engine, Generation
+from moetrace.engines.base import Engine
+from moetrace.engines.requests import Generation
 from moetrace.errors import DuplicateRequestError, OverloadedError, RequestError, ShuttingDownError
 from moetrace.server.config import ServerConfig
 

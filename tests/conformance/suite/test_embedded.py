@@ -24,7 +24,7 @@ from moetrace.conformance.dye.options import DyeOptions
 from moetrace.conformance.suite import CASES, Bug, Plan, Report, check_engine, run_suite
 from moetrace.conformance.suite.adapters.opening import open_subject
 from moetrace.conformance.suite.run import load_forms
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app
 

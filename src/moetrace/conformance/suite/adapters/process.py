@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from moetrace.conformance.suite.asking import Answer, Ask, Rows, Subject
-from moetrace.engines.base import Engine, GenerateResult, Generation, SamplingParams
+from moetrace.engines.base import Engine
+from moetrace.engines.requests import GenerateResult, Generation, SamplingParams
 from moetrace.errors import CheckError, LackingError, MoetraceError, RequestError
 from moetrace.trace import RoutingTrace
 
