@@ -113,8 +113,8 @@ class BatchLoop:
         """Share no page that exists now with a later request: its keys are of other weights, or their rows are not
         there. To be run by `call`."""
         waiting = self._scheduler.waiting_requests
-        self._stale |= set(self._scheduler.active_requests)
-        self._stale |= {request_id for request_id in waiting if waiting[request_id].is_cpu_offloaded}
+        offloaded = (request_id for request_id in waiting if waiting[request_id].is_cpu_offloaded)
+        self._stale = {*self._scheduler.active_requests, *offloaded}
         if hasattr(self._cache, "cache_allocators"):  # 5.18 and later
             self._cache.evict_cached_blocks()
             for allocator in self._cache.cache_allocators.values():
