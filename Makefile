@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo test check format families clean
+.PHONY: help setup demo test check format families conformance clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,9 @@ format: setup ## Format the code
 
 families: setup ## Write docs/families.md: what works with every MoE family of transformers
 	@$(BIN)/python scripts/families.py
+
+conformance: setup ## Write the tables of docs/conformance.md: broken engines, and what catches them
+	@$(BIN)/python scripts/conformance.py
 
 clean: ## Remove .venv and caches
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.generation.continuous_batching import requests as cb_requests
 from transformers.generation.continuous_batching import utils as cb_utils
 
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.recorder import Staging
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moetrace.engines.base import CaptureState, GenerateResult, Generation, Progress, SamplingParams
+from moetrace.engines.base import CaptureState
+from moetrace.engines.requests import GenerateResult, Generation, Progress, SamplingParams
 from moetrace.layout import MoeLayout
 from moetrace.server import ServerConfig, create_app, serve
 from moetrace.spans import WeightSpan

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from moetrace import AsyncClient, Client
 from moetrace.client import Completion
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 
 DYE = Dye(vocab=260)  # the tiny model's tokenizer: token id = byte

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moetrace import __version__
-from moetrace.commands import dye
+from moetrace.commands import check, dye
 from moetrace.commands.files import add_commands
 from moetrace.commands.knobs import add_knobs, knobs_of
 from moetrace.commands.rollout import add_rollout
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
 from moetrace.server.config import ServerConfig
 
@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moetrace {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_commands(commands)
-    dye.add_command(commands)
     add_rollout(commands)
+    dye.add_command(commands)
+    check.add_command(commands)
     serve = commands.add_parser("serve", help="serve a model over HTTP, with the routes of every token on request")
     serve.set_defaults(run=_serve)
     serve.add_argument("model", help="checkpoint folder")

@@ -26,6 +26,8 @@
     │   ├── DuplicateRequestError  it has the id of a request under way
     │   └── OverloadedError        there are too many already; try again later
     ├── DyeError                   a dye checkpoint cannot be made as asked, or a folder is none
+    ├── CheckError                 an engine cannot be tested: it does not answer, or not as its dialect says
+    │   └── LackingError           it has no such feature
     ├── ServerError                a server's answer is an error of no kind above, or cannot be understood
     ├── UnreachableError           a server cannot be reached, or gave no whole answer
     ├── RolloutError               a rollout cannot begin or go on as asked
@@ -168,6 +170,14 @@ class OverloadedError(RequestError):
 
 class DyeError(MoetraceError):
     """A dye checkpoint cannot be made as asked, or a folder is none."""
+
+
+class CheckError(MoetraceError):
+    """An engine cannot be tested: it does not answer, or not as its dialect says."""
+
+
+class LackingError(CheckError):
+    """An engine under test, or its dialect, has no such feature."""
 
 
 class ServerError(MoetraceError):

@@ -16,7 +16,7 @@ from moetrace.client.events import Events
 from moetrace.client.wire import Asked, asked_of, completions_of, parameters_of, sampling_of
 from moetrace.container import BytesSource, Container
 from moetrace.dialects import to_lightllm
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.errors import FormatError, MissingRowError, RequestError, ServerError, TokenMismatchError, TraceError
 from moetrace.format import save
 from moetrace.layout import MoeLayout

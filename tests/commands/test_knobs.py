@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moetrace.commands.knobs import add_knobs, knobs_of
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.rollout.config import RolloutConfig
 from moetrace.server.config import ServerConfig
 

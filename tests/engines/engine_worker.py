@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import EngineError, RequestError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,8 @@ from dye import Dye
 from test_lifecycle import DEVICE, rerouted
 from test_transformers_engine import CAPTURE, assert_dyed, generate, prompts_of
 
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureOffError, EngineError
 
@@ -89,8 +91,8 @@ def test_a_request_under_way_keeps_its_rows_misses_those_between_and_has_the_lat
         if len(tokens) in (40, 80):
             told.set()
 
-    generation = engine.submit([1, 2, 3], SamplingParams(200), return_routes=True, on_progress=progress)
-    others = [engine.submit(prompt, SamplingParams(200), return_routes=True) for prompt in prompts_of(DYE, 4)]
+    generation = engine.submit([1, 2, 3], SamplingParams(400), return_routes=True, on_progress=progress)
+    others = [engine.submit(prompt, SamplingParams(400), return_routes=True) for prompt in prompts_of(DYE, 4)]
     assert told.wait(60)
     engine.stop_capture()
     told.clear()
@@ -113,23 +115,24 @@ def test_a_request_under_way_keeps_its_rows_misses_those_between_and_has_the_lat
 
 
 def test_a_stream_of_rows_ends_at_the_stop(engine) -> None:
-    told = threading.Event()
-    seen: list[int] = []
+    seen: list[list[int]] = [[]]
+
+    def wait_for(count: int) -> list[int]:
+        while len(seen[-1]) < count:
+            assert not generation.futures[0].done()
+            time.sleep(0.001)
+        return seen[-1]
 
     def progress(_: int, tokens: list[int], __: list[float]) -> None:
-        seen[:] = tokens
-        if len(tokens) == 60:
-            told.set()
+        seen.append(list(tokens))
 
-    generation = engine.submit([1, 2, 3], SamplingParams(300), return_routes=True, on_progress=progress)
-    while len(seen) < 20:
-        assert not generation.futures[0].done()
+    generation = engine.submit([1, 2, 3], SamplingParams(400), return_routes=True, on_progress=progress)
+    before = len(wait_for(20))
     engine.stop_capture()
-    assert told.wait(60)
-    tokens = list(seen)
+    tokens = wait_for(len(seen[-1]) + 20)
     trace = engine.read_routes(generation, 0, tokens, 0)
     assert trace is not None
-    assert 3 + 20 - 1 <= trace.num_rows < 3 + len(tokens) - 1
+    assert 3 + before - 1 <= trace.num_rows < 3 + len(tokens) - 1
     assert trace.valid_T.all()
     np.testing.assert_array_equal(trace.experts_TLK, DYE.routes([1, 2, 3, *tokens])[: trace.num_rows])
     engine.abort()

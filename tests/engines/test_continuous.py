@@ -9,7 +9,8 @@ from dye import Dye
 from test_transformers_engine import CAPTURE, assert_dyed
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 
 

@@ -14,7 +14,8 @@ import torch
 from dye import Dye
 from transformers.utils import is_flash_attn_3_available
 
-from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

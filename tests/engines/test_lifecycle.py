@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_transformers_engine import CAPTURE, assert_dyed, count_computed, generate, prompts_of
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
-from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureError, EngineError, RequestError, WeightsError
 from moetrace.trace import WeightSpan

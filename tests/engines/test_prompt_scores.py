@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from moetrace.conformance import zoo
-from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine, prompt_scores
 from moetrace.engines.transformers.prompt_scores import PromptScores, keeping_outputs, logprobs_of
 from moetrace.errors import EngineError, RequestError

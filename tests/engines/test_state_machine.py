@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from transformers.utils import is_flash_attn_3_available
 
-from moetrace.engines.base import EngineConfig, GenerateResult, Generation, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, Generation, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureOffError
 from moetrace.trace import WeightSpan
@@ -197,7 +198,7 @@ class Rollouts(RuleBasedStateMachine):
             self.engine.resume()
             self.finish(self.running)
             assert not self.engine._capture._histories  # type: ignore[union-attr]
-            assert not self.engine._pending
+            assert not self.engine._delivery.pending
             self.engine.close()
 
 

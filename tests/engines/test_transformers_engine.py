@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moetrace
-from moetrace.engines.base import EngineConfig, GenerateResult, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import CaptureOffError, EngineError, NotMoeError, RequestError
 from moetrace.recorder import StepSlots
@@ -316,7 +317,7 @@ def test_nothing_is_kept_of_finished_requests(shared_engine) -> None:
     generate(shared_engine, [[1, 2, 3]] * 5)
     shared_engine.submit([1], SamplingParams(2)).result(60)
     assert not shared_engine._capture._histories
-    assert not shared_engine._pending
+    assert not shared_engine._delivery.pending
 
 
 def test_closing_leaves_the_model_as_it_was(dye: Dye) -> None:
@@ -378,7 +379,7 @@ def test_when_the_generation_thread_dies_waiting_requests_fail_and_health_says_s
     processor._generation_step = explode
     with pytest.raises((EngineError, RequestError), match=r"out of memory|stopped"):
         engine.submit([1, 2], SamplingParams(5)).result(timeout=60)
-    engine._deliverer.join(timeout=60)
+    engine._delivery._thread.join(timeout=60)
     assert not engine.is_healthy()
     with pytest.raises(EngineError, match="stopped"):
         engine.submit([1, 2], SamplingParams(5))

@@ -19,7 +19,7 @@ from serving import free_port, serving
 
 from moetrace import Client
 from moetrace.cli import main
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app
 from moetrace.server.config import ServerConfig

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app, generation
 

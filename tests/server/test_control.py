@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app
 
@@ -78,7 +79,7 @@ def assert_rows(response: dict[str, Any], dye: Dye = DYE) -> None:
 
 def test_an_aborted_request_answers_its_client_with_the_rows_there_are(engine, client, pool) -> None:
     waiting = {name: start(pool, client, name, [first]) for first, name in enumerate(("a", "b", "c"))}
-    wait_until(lambda: len(engine._pending) == 3)
+    wait_until(lambda: len(engine._delivery.pending) == 3)
     time.sleep(0.2)
     assert post(client, "/abort", {"request_ids": ["a", "b", "nobody"]}) == {
         "aborted": ["a", "b"],
@@ -98,7 +99,7 @@ def test_aborting_all_ends_every_sequence_of_every_prompt(engine, client, pool) 
     body = body_of([[1], [2]], 400)
     body["parameters"]["n"] = 2
     waiting = [start(pool, client, "single", [3]), pool.submit(post, client, "/generate", body, X_Request_Id="many")]
-    wait_until(lambda: len(engine._pending) == 5)
+    wait_until(lambda: len(engine._delivery.pending) == 5)
     assert sorted(post(client, "/abort", {"all": True})["aborted"]) == ["many", "single"]
     assert waiting[0].result(30)["finish_reason"] == "abort"
     for response in waiting[1].result(30):
@@ -109,13 +110,13 @@ def test_aborting_all_ends_every_sequence_of_every_prompt(engine, client, pool) 
 
 def test_paused_nothing_runs_new_requests_wait_and_can_be_aborted(engine, client, pool) -> None:
     running = start(pool, client, "running", [5], 300)
-    wait_until(lambda: engine._pending)
+    wait_until(lambda: engine._delivery.pending)
     assert post(client, "/pause") == {"paused": True}
     assert client.get("/ready").status_code == 503
     assert client.get("/ready").json() == {"status": "paused"}
     assert client.get("/health").status_code == 200
     waiting, aborted = start(pool, client, "waiting", [6], 3), start(pool, client, "aborted", [7], 3)
-    wait_until(lambda: len(engine._pending) == 3)
+    wait_until(lambda: len(engine._delivery.pending) == 3)
     post(client, "/abort", {"request_ids": ["aborted"]})
     assert aborted.result(30)["finish_reason"] == "abort"
     assert aborted.result()["count_output_tokens"] == 0
@@ -129,10 +130,28 @@ def test_paused_nothing_runs_new_requests_wait_and_can_be_aborted(engine, client
         assert_rows(request.result())
 
 
+@pytest.mark.parametrize("which", [{"request_ids": ["reading"]}, {"all": True}])
+def test_an_abort_counts_for_a_request_that_is_being_tokenised(client, pool, monkeypatch, which) -> None:
+    reading, goes_on = threading.Event(), threading.Event()
+
+    def slowly(prompts: Any, *_: object) -> Any:
+        reading.set()
+        assert goes_on.wait(30)
+        return prompts
+
+    monkeypatch.setattr("moetrace.server.generation.prompt_tokens", slowly)
+    waiting = start(pool, client, "reading", [7])
+    assert reading.wait(30)
+    assert post(client, "/abort", which)["aborted"] == ["reading"]
+    goes_on.set()
+    assert waiting.result(30)["finish_reason"] == "abort"
+    assert waiting.result()["count_output_tokens"] < 400
+
+
 def test_a_second_request_of_a_running_id_is_refused(engine, client, pool) -> None:
     post(client, "/pause")
     first = start(pool, client, "twin", [5], 2)
-    wait_until(lambda: engine._pending)
+    wait_until(lambda: engine._delivery.pending)
     refused = client.post("/generate", json=body_of([5], 2), headers={"X-Request-Id": "twin"})
     assert refused.status_code == 409
     assert refused.json()["error"]["type"] == "DuplicateRequestError"
@@ -187,7 +206,7 @@ def test_new_weights_come_from_a_folder_or_a_file_while_requests_run(engine, cli
     OTHER.model().save_pretrained(tmp_path / "other")
     DYE.model().save_pretrained(tmp_path / "own")
     running = start(pool, client, "running", [5], 400)
-    wait_until(lambda: engine._pending)
+    wait_until(lambda: engine._delivery.pending)
     time.sleep(0.1)
     assert post(client, "/update_weights", {"path": str(tmp_path / "other"), "version": "1"}) == {"weight_version": "1"}
     response = running.result(30)
@@ -237,8 +256,8 @@ def test_a_client_that_goes_away_ends_its_request(engine, path: str) -> None:
 
     async def scenario() -> None:
         call = Call(app, path, {"inputs": [1], "parameters": {"max_new_tokens": 400, "n": 2}})
-        await until(lambda: len(engine._pending) == 2)
-        futures = [pending.future for pending in engine._pending.values()]
+        await until(lambda: len(engine._delivery.pending) == 2)
+        futures = [pending.future for pending in engine._delivery.pending.values()]
         call.leave()
         await call.done
         await until(lambda: all(future.done() for future in futures))
@@ -255,7 +274,7 @@ def test_when_the_engines_thread_dies_everybody_is_told(pool) -> None:
         pool.submit(client.post, "/generate", json={"inputs": [i], "parameters": {"max_new_tokens": 400}})
         for i in range(2)
     ]
-    wait_until(lambda: len(engine._pending) == 2)
+    wait_until(lambda: len(engine._delivery.pending) == 2)
 
     def die(*_: object) -> None:
         raise RuntimeError("out of luck")

@@ -20,7 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app
 
@@ -466,7 +466,7 @@ def test_more_than_the_server_takes_is_a_rate_limit(engine: TransformersEngine) 
     async def scenario() -> None:
         engine.pause()
         first = Call(app, "/v1/completions", {"model": "model", "prompt": "A", "temperature": 0})
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         second = Call(app, "/v1/chat/completions", {"model": "model", "messages": USER, "stream": True})
         await second.done
         assert (second.status, second.headers["retry-after"]) == (429, "1")
@@ -501,10 +501,10 @@ def test_a_client_that_leaves_ends_its_request(engine: TransformersEngine) -> No
         body = {"model": "model", "messages": USER, "temperature": 100.0, "stream": True, "n": 2}
         call = Call(app, "/v1/chat/completions", body)
         await until(lambda: len(call.chunks) > 4)
-        assert len(engine._pending) == 2
+        assert len(engine._delivery.pending) == 2
         call.leave()
         await call.done
-        await until(lambda: not engine._pending)
+        await until(lambda: not engine._delivery.pending)
         assert len(app.state.requests) == 0
         assert not any(b"[DONE]" in chunk for chunk in call.chunks)
 
@@ -519,7 +519,7 @@ def test_an_abort_cuts_the_text_and_says_length(engine: TransformersEngine, stre
         body = {"model": "model", "messages": USER, "temperature": 0, "stream": stream, "stop": ["~~"]}
         engine.pause()
         call = Call(app, "/v1/chat/completions", body, {"X-Request-Id": "me"})
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         abort = Call(app, "/abort", {"request_ids": ["me"]})
         await abort.done
         assert json.loads(abort.chunks[0])["aborted"] == ["me"]

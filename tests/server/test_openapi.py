@@ -23,7 +23,7 @@ from schemathesis.engine import events as happenings
 from schemathesis.engine import from_schema
 from transformers import AutoTokenizer
 
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app
 from moetrace.server.answers import (
@@ -213,13 +213,13 @@ def test_errors_that_need_company_are_described_too(engine: TransformersEngine) 
     async def scenario() -> list[Call]:
         engine.pause()
         waiting = [Call(app, "/generate", body_of(), {"X-Request-Id": "taken"})]
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         refused = [
             Call(app, "/generate", body_of(), {"X-Request-Id": "taken"}),
             Call(app, "/generate", body_of(), {"Content-Length": "1001"}),
         ]
         waiting.append(Call(app, "/generate", body_of()))
-        await until(lambda: len(engine._pending) == 2)
+        await until(lambda: len(engine._delivery.pending) == 2)
         refused.append(Call(app, "/generate", body_of()))
         for call in refused:
             await call.done

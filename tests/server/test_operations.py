@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import EngineError
 from moetrace.server import ServerConfig, create_app, generation
@@ -89,7 +89,7 @@ def test_more_than_the_server_takes_is_told_to_come_again(engine, knobs, second,
     async def scenario() -> None:
         engine.pause()
         first = Call(app, "/generate", body_of(n=2))
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         for path in ("/generate", "/generate_stream"):
             refused = Call(app, path, second)
             await refused.done

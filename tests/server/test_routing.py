@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from moetrace import codecs, load
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app, generation
 from moetrace.server.schemas import Codec
@@ -366,7 +366,7 @@ def test_capture_stops_and_starts_and_says_where_it_stands(engine, client: TestC
 def test_a_request_under_way_at_the_stop_says_which_rows_are_missing(engine, client: TestClient) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(generate, client, [1, 2, 3], max_new_tokens=400)
-        while not engine._pending:
+        while not engine._delivery.pending:
             assert not running.done()
         time.sleep(0.1)
         try:

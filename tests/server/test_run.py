@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from moetrace.server import ServerConfig, run
+from moetrace.server.archive import Archive
 
 
 class Requests:
@@ -23,7 +24,7 @@ class Requests:
 
 def application() -> Any:
     app = FastAPI()
-    app.state.requests = Requests()
+    app.state.requests, app.state.archive = Requests(), Archive(ServerConfig())
     return app
 
 
@@ -52,7 +53,7 @@ def test_an_idle_connection_is_left_open_for_longer_than_clients_keep_theirs(mon
             time.sleep(0.01)
         with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
             for pause in (0.3, 0):  # still there after a while
-                client.sendall(b"GET /nowhere HTTP/1.1\r\nHost: here\r\n\r\n")
+                client.sendall(b"HEAD /nowhere HTTP/1.1\r\nHost: here\r\n\r\n")
                 assert client.recv(4096).startswith(b"HTTP/1.1 404")
                 time.sleep(pause)
             began = time.monotonic()

@@ -13,7 +13,7 @@ from dye import Dye
 from fastapi.testclient import TestClient
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app
 

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from moetrace.dialects import from_sglang
-from moetrace.engines.base import EngineConfig
+from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import ServerConfig, create_app
 from moetrace.server.sglang import routes
@@ -368,7 +368,7 @@ def test_an_abort_before_the_prompt_was_computed_has_no_rows_and_says_so(engine:
         engine.pause()
         body = {"input_ids": [7, 8, 9], "return_routed_experts": True, "return_logprob": True, "stream": streamed}
         call = Call(app, "/sglang/generate", body)
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         abort = Call(app, "/sglang/abort_request", {"abort_all": True})
         await abort.done
         await call.done
@@ -437,10 +437,10 @@ def test_health_generate_gives_up_and_leaves_nothing_behind(engine: Transformers
     monkeypatch.setattr(TransformersEngine, "is_paused", False)
     engine.pause()
     assert client.get("/sglang/health_generate").status_code == 503
-    for pending in list(engine._pending.values()):
+    for pending in list(engine._delivery.pending.values()):
         pending.future.result(30)
     engine.resume()
-    assert not engine._pending
+    assert not engine._delivery.pending
 
 
 def test_a_dead_engine_and_a_server_that_ends_are_not_healthy() -> None:
@@ -469,7 +469,7 @@ def test_an_id_under_way_is_taken_and_a_client_that_leaves_ends_its_request(engi
         assert again.status == 409
         call.leave()
         await call.done
-        await until(lambda: not engine._pending)
+        await until(lambda: not engine._delivery.pending)
 
     asyncio.run(scenario())
 

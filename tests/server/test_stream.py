@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import EngineConfig, SamplingParams
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app
 from moetrace.server.texts import TextStream
@@ -184,7 +185,7 @@ def test_an_abort_before_the_first_token_ends_the_stream_without_one(engine) -> 
     async def scenario() -> bytes:
         engine.pause()
         call = Call(app, "/generate_stream", {"inputs": "A"})
-        await until(lambda: engine._pending)
+        await until(lambda: engine._delivery.pending)
         engine.abort()
         await call.done
         engine.resume()

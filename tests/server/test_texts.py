@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetrace.engines.base import FinishReason, GenerateResult
+from moetrace.engines.requests import FinishReason, GenerateResult
 from moetrace.server.texts import ShownText, ended_by, shown_text
 
 PIECES = ["a", "b", "ab", "aba", "bb", "", "c"]

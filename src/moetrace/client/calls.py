@@ -78,7 +78,7 @@ class Calls:
             start: position of the first row that is wanted: how many rows of the conversation are there already.
             logprobs, prompt_logprobs: return the log-probability of each output token, of each prompt token.
             request_id: to abort it by, and to find it in the server's log; a new one by default.
-            sampling: what `moetrace.engines.base.SamplingParams` has (`max_new_tokens`, `do_sample`, ...), and
+            sampling: what `moetrace.engines.requests.SamplingParams` has (`max_new_tokens`, `do_sample`, ...), and
                 `add_special_tokens`, `skip_special_tokens`. What is not given is as the server has it by default.
 
         Returns:

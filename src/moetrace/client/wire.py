@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moetrace.client.results import Completion, TraceReference
 from moetrace.container import BytesSource, Container
 from moetrace.dialects import from_lightllm
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.errors import FormatError, RequestError, ServerError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.tokens import token_sha256

@@ -35,12 +35,8 @@ def _dye(args: argparse.Namespace) -> int:
         raise MissingExtraError.of(error, "transformers") from error
     options = DyeOptions(**{knob.name: getattr(args, knob.name) for knob in fields(DyeOptions)})
     form = write_dye(args.out, args.arch, options)
-    layout = form.layout
     if args.json:
         print(json.dumps(asdict(form)))
     else:
-        print(
-            f"{args.out}: {args.arch}, {form.vocab_size} tokens, {layout.num_layers} MoE layers of {form.num_layers}, "
-            f"{layout.top_k} of {layout.num_experts} experts, weights {form.weight_version}"
-        )
+        print(f"{args.out}: {form.words}")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrace.commands.knobs import add_knobs, knobs_of
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.errors import CaptureOffError, MissingExtraError
 from moetrace.rollout.config import RolloutConfig
 

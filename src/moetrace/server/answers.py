@@ -8,7 +8,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic reads typing.TypedDict from Python 3.12 on
 
 from moetrace.dialects import AxisOrder, IdType
-from moetrace.engines.base import FinishReason
+from moetrace.engines.requests import FinishReason
 from moetrace.trace import Order
 
 closed = with_config(ConfigDict(extra="forbid"))

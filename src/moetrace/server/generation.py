@@ -14,7 +14,8 @@ from fastapi.responses import Response
 from moetrace import codecs
 from moetrace.codecs import zstd
 from moetrace.dialects import require_id_type
-from moetrace.engines.base import Engine, GenerateResult, Generation, Progress, SamplingParams, check_request
+from moetrace.engines.base import Engine, check_request
+from moetrace.engines.requests import GenerateResult, Generation, Progress, SamplingParams
 from moetrace.errors import FormatError, RequestError
 from moetrace.layout import MoeLayout
 from moetrace.server.answers import ErrorResponse, GenerateResponse, StreamEvent
@@ -91,6 +92,8 @@ class Generator:
                     on_progress=told,
                 )
             )
+        if running.is_aborted:
+            self.requests.abort([running.request_id])
 
     async def results(self, running: Running, http: Request) -> list[list[GenerateResult]]:
         """Wait for what was queued: the sequences of each prompt.

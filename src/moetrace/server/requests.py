@@ -7,18 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from moetrace.engines.base import Engine, Generation
+from moetrace.engines.base import Engine
+from moetrace.engines.requests import Generation
 from moetrace.errors import DuplicateRequestError, OverloadedError, RequestError, ShuttingDownError
 from moetrace.server.config import ServerConfig
 
 
 @dataclass
 class Running:
-    """A request under way: what the engine generates for it."""
+    """A request under way: what the engine generates for it, and whether that is to end as soon as it is queued."""
 
     request_id: str
     sequences: int
     generations: list[Generation] = field(default_factory=list)
+    is_aborted: bool = False
 
 
 class RequestTable:
@@ -87,13 +89,14 @@ class RequestTable:
             running = self._running.get(request_id)
             (unknown if running is None else known).append(request_id)
             if running is not None:
+                running.is_aborted = True  # its prompts may be in the tokenizer still
                 self._abort(running)
         return known, unknown
 
     def abort_all(self) -> list[str]:
         """End all requests, also those that came by other ways than this server. Returns the ids of this server's."""
         self._engine.abort()
-        return list(self._running)
+        return self.abort(list(self._running))[0]
 
     def drain(self, seconds: float) -> None:
         """Take no more requests; after `seconds`, answer those under way as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from moetrace.engines.base import GenerateResult
+from moetrace.engines.requests import GenerateResult
 from moetrace.server.archive import Archive
 from moetrace.server.bodies import Body, encode_json
 from moetrace.server.payloads import routes_of

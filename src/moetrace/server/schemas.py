@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moetrace.dialects import AxisOrder, IdType
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.errors import RequestError
 from moetrace.server.parameters import close
 

@@ -14,7 +14,8 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from moetrace.engines.base import Engine, GenerateResult, Generation
+from moetrace.engines.base import Engine
+from moetrace.engines.requests import GenerateResult, Generation
 from moetrace.errors import MoetraceError
 from moetrace.server.archive import Archive
 from moetrace.server.bodies import Body, encode_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from moetrace.engines.base import GenerateResult
+from moetrace.engines.requests import GenerateResult
 from moetrace.errors import RequestError
 from moetrace.server.schemas import Prompt
 

@@ -96,6 +96,14 @@ class DyeForm:
         return int(np.prod(self.digits))
 
     @property
+    def words(self) -> str:
+        """The form in a line."""
+        return (
+            f"{self.architecture}, {len(self.layers)} MoE layers of {self.num_layers}, {self.top_k} of "
+            f"{self.num_experts} experts, {self.vocab_size} tokens, weights {self.weight_version}"
+        )
+
+    @property
     def layout(self) -> MoeLayout:
         """The layout of the model's traces."""
         return MoeLayout(self.layers, self.num_experts, self.top_k)

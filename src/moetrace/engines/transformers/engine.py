@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -16,20 +15,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from moetrace.engines.base import (
-    CaptureState,
-    EngineConfig,
-    FinishReason,
-    GenerateResult,
-    Generation,
-    Progress,
-    SamplingParams,
-    check_request,
-    require_capture,
-)
+from moetrace.engines.base import CaptureState, check_request, require_capture
+from moetrace.engines.config import EngineConfig
+from moetrace.engines.requests import Generation, Progress, SamplingParams
 from moetrace.engines.transformers import loading
-from moetrace.engines.transformers.capture import CapturedRows, StepCapture
+from moetrace.engines.transformers.capture import StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
+from moetrace.engines.transformers.delivery import Delivery
 from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
 from moetrace.engines.transformers.prompt_scores import PromptScorer
 from moetrace.engines.transformers.sampling import Sampler, generation_config
@@ -37,7 +29,7 @@ from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
 from moetrace.errors import EngineError, RequestError
 from moetrace.layout import MoeLayout
-from moetrace.trace import RoutingTrace, WeightSpan
+from moetrace.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +72,9 @@ class TransformersEngine:
             self._capture = StepCapture(model, self._loop, self.max_model_len)
         self._manager.warmup()
         self._ids = itertools.count()
-        self._pending: dict[str, Pending] = {}
-        self._lock = threading.Lock()
         self._closing = False
         self._manager.start()
-        self._deliverer = threading.Thread(target=self._deliver, name="moetrace-deliver", daemon=True)
-        self._deliverer.start()
+        self._delivery = Delivery(self._manager, self._capture, self._scorer, self._versions, self.name)
 
     @classmethod
     def load(cls, path: str, config: EngineConfig | None = None) -> TransformersEngine:
@@ -165,7 +154,7 @@ class TransformersEngine:
             stop_ids += sampling.stop_token_ids
         if not sampling.ignore_eos:
             stop_ids += self._eos_token_ids
-        with self._lock:
+        with self._delivery.lock:
             if self._closing or not self.is_driver or not self.is_healthy():
                 raise EngineError(
                     "the engine has stopped" if self.is_driver else "this rank follows rank 0 and takes no requests",
@@ -181,7 +170,7 @@ class TransformersEngine:
                 pending = Pending(prompt, sampling, Future(), return_routes, frozenset(stop_ids), stops, told, scores)
                 pending.future.set_running_or_notify_cancel()  # from here on, abort ends it, and cancel() does nothing
                 futures.append(pending.future)
-                self._pending[name] = pending
+                self._delivery.pending[name] = pending
                 if self._capture and return_routes:
                     self._capture.watch(name)
             self._manager.num_return_sequences = sampling.n  # read by add_request
@@ -200,21 +189,21 @@ class TransformersEngine:
     ) -> RoutingTrace | None:
         """Rows of a sequence that still runs; see `Engine.read_routes`."""
         name = name_of(generation.request_id, sequence)
-        pending = self._pending.get(name)
+        pending = self._delivery.pending.get(name)
         if self._capture is None or pending is None:
             return None
         tokens = [*pending.prompt, *output_tokens]
         parts = self._between_steps(partial(self._capture.peek, name, start, len(tokens) - 1))
         if parts is None:
             return None
-        trace = self._trace_of(self._capture.assemble(parts, tokens[:-1]), tokens)
+        trace = self._delivery.trace_of(self._capture.assemble(parts, tokens[:-1]), tokens)
         gaps = np.flatnonzero(~trace.valid_T[start:])
         return trace.slice(start, start + int(gaps[0]) if len(gaps) else trace.stop)
 
     def abort(self, request_id: str | None = None) -> None:
         """End one request or all of them; see `Engine.abort`."""
-        with self._lock:
-            for name, pending in self._pending.items():
+        with self._delivery.lock:
+            for name, pending in self._delivery.pending.items():
                 if request_id is None or name == request_id or name.startswith(f"{request_id}__child#"):
                     pending.aborted = True
                     self._manager.cancel_request(name)
@@ -268,19 +257,19 @@ class TransformersEngine:
 
     def is_healthy(self) -> bool:
         """True while the generation thread lives."""
-        return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+        return self._delivery.is_healthy()
 
     def close(self) -> None:
         """Finish what is queued, stop, and leave the model as it was. Ranks that follow rank 0 wait for it to stop."""
-        with self._lock:
+        with self._delivery.lock:
             if self._closing:
                 return
             self._closing = True
         if not self.is_driver:
-            self._deliverer.join()
+            self._delivery.join()
         self._loop.resume()
         self._manager.stop(block=True)
-        self._deliverer.join()
+        self._delivery.join()
         self._loop.close()
         if self._capture:
             self._capture.close()
@@ -310,109 +299,3 @@ class TransformersEngine:
                 expected="parallel='none'",
                 got=self.config.parallel,
             )
-
-    def _deliver(self) -> None:
-        """Hand finished sequences to their futures, off the generation thread."""
-        version = self.config.weight_version
-        while True:
-            output = self._manager.get_result(timeout=0.05)
-            if isinstance(output, NewWeights):
-                version = output.version
-            elif output is not None:
-                if output.is_finished():
-                    self._finish(output, version)
-                else:
-                    self._proceed(output)
-            elif not self.is_healthy():
-                break
-        self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
-
-    def _proceed(self, output: Any) -> None:
-        """A sequence has a new token: end it if that completes a stop, else tell who wants to know."""
-        pending = self._pending.get(output.request_id)
-        if pending is None:
-            return
-        if pending.stops.found(output.generated_tokens):
-            self._manager.cancel_request(output.request_id)
-        elif pending.on_progress is not None:
-            try:
-                pending.on_progress(output.generated_tokens, output.logprobs)
-            except Exception:  # one request's listener must not end the delivery of others
-                logger.exception("%s: its listener failed and is told no more", output.request_id)
-                pending.on_progress = None
-
-    def _finish(self, output: Any, version: str) -> None:
-        with self._lock:
-            pending = self._pending.pop(output.request_id, None)
-            if pending is None:
-                return
-        try:
-            if output.error is not None:
-                raise EngineError(f"the engine failed this request ({output.error})", fix="Send it again.")
-            pending.future.set_result(self._result(output, pending, version))
-        except Exception as error:  # one request's failure must reach its client, and no other
-            pending.future.set_exception(error)
-        finally:
-            self._scorer.drop(output.request_id)
-            if self._capture:
-                self._capture.drop(output.request_id)
-
-    def _result(self, output: Any, pending: Pending, version: str) -> GenerateResult:
-        most = pending.sampling.max_new_tokens
-        was_cut = pending.aborted and len(output.generated_tokens) < max(most, 1)
-        generated = list(output.generated_tokens)[:most]
-        reason: FinishReason = "length"
-        if pending.stops.found(generated):
-            generated, reason = generated[: pending.stops.length], "stop"
-        elif generated and generated[-1] in pending.stop_ids:
-            reason = "stop"
-        elif was_cut:
-            reason = "abort"
-        trace = None
-        if self._capture and pending.return_routes:
-            tokens = pending.prompt + generated
-            inputs = tokens if pending.sampling.is_scoring else tokens[:-1]
-            try:
-                trace = self._trace_of(self._capture.collect(output.request_id, inputs), tokens)
-            except Exception:
-                self._capture.counts.errors += 1
-                raise
-            version = trace.weight_spans[-1].version if trace.weight_spans else version
-        logprobs = list(output.logprobs)[: len(generated)]
-        prompt_logprobs = self._prompt_logprobs(pending, reason)
-        return GenerateResult(pending.prompt, generated, logprobs, reason, version, trace, prompt_logprobs)
-
-    def _prompt_logprobs(self, pending: Pending, reason: FinishReason) -> list[float | None] | None:
-        if pending.scores is None:
-            return None
-        if reason != "abort" and not pending.scores.is_complete:
-            raise EngineError("log-probabilities of the prompt are missing", fix="Open an issue with the model's name.")
-        return pending.scores.values()
-
-    def _trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
-        assert self._capture is not None
-        return RoutingTrace.build(
-            rows.experts_TLK,
-            self._capture.layout,
-            tokens,
-            valid_T=rows.valid_T,
-            weight_spans=self._weight_spans(rows),
-            order=self._capture.order,
-            fingerprint=self._capture.fingerprint,
-            engine=self.name,
-        )
-
-    def _weight_spans(self, rows: CapturedRows) -> list[WeightSpan]:
-        """Runs of equal weights; a row that is missing goes with the one before it."""
-        valid = np.flatnonzero(rows.valid_T)
-        versions = rows.versions_T[valid]
-        changes = [0, *(np.flatnonzero(np.diff(versions)) + 1)] if len(valid) else []
-        return [
-            WeightSpan(int(valid[change]) if change else 0, self._versions[int(versions[change])]) for change in changes
-        ]
-
-    def _fail_pending(self, error: EngineError) -> None:
-        with self._lock:
-            pending, self._pending = self._pending, {}
-        for request in pending.values():
-            request.future.set_exception(error)

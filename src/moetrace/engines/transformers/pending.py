@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers.prompt_scores import PromptScores
 from moetrace.engines.transformers.stopping import Stops
 

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers.noise import draw_key, gumbel
 from moetrace.engines.transformers.pending import sequence_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 
 _REACH = 8
 """Tokens looked at beyond the longest text's characters: some decode to nothing, some to part of a character."""

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response as HTTPResponse
 
-from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError, UnknownModelError
 from moetrace.server.errors import openai_facts
 from moetrace.server.generation import Generator

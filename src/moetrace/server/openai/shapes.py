@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moetrace.engines.base import FinishReason, GenerateResult
+from moetrace.engines.requests import FinishReason, GenerateResult
 from moetrace.server.texts import ShownText, Tokenizer, ended_by, shown_text
 
 _REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "abort": "length"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moetrace.dialects import sglang_ids
-from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.errors import MissingRowError
 from moetrace.server.bodies import Base64
 from moetrace.server.sglang.schemas import SGLangRequest

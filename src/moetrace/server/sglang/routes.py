@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from moetrace.engines.base import GenerateResult, SamplingParams
+from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.errors import MoetraceError, RequestError
 from moetrace.server.answers import ErrorResponse
 from moetrace.server.bodies import Body, BodyResponse, encode_json

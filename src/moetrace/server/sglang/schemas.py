@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moetrace.engines.base import SamplingParams
+from moetrace.engines.requests import SamplingParams
 from moetrace.errors import RequestError
 from moetrace.server.parameters import by_temperature, close, require_neutral
 from moetrace.server.schemas import Prompt, prompts_in

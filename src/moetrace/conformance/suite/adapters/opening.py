@@ -1,0 +1,66 @@
+"""From an address to a subject: which dialect is spoken there."""
+
+from __future__ import annotations
+
+import httpx
+
+from moetrace.conformance.dye.form import DyeForm
+from moetrace.conformance.suite.adapters.http import HttpSubject
+from moetrace.conformance.suite.adapters.lightllm import LightLLMSubject, MoetraceSubject
+from moetrace.conformance.suite.adapters.sglang import SGLangSubject
+from moetrace.conformance.suite.adapters.vllm import VLLMSubject
+from moetrace.errors import CheckError
+
+DIALECTS: dict[str, type[HttpSubject]] = {
+    subject.dialect: subject for subject in (MoetraceSubject, LightLLMSubject, SGLangSubject, VLLMSubject)
+}
+_TELLTALE = {"/model": ("moetrace", "fingerprint"), "/get_model_info": ("sglang", "model_path")}
+"""What only one engine has: a path, and a key of its answer."""
+
+
+async def open_subject(
+    url: str, form: DyeForm, dialect: str = "auto", api_key: str | None = None, client: httpx.AsyncClient | None = None
+) -> HttpSubject:
+    """An engine at an address.
+
+    Args:
+        url: its base.
+        form: the checkpoint that it serves.
+        dialect: a key of `DIALECTS`, or "auto".
+        api_key: sent as `Authorization: Bearer`.
+        client: to ask with, instead of one for `url`.
+
+    Raises:
+        CheckError: nobody answers there, or in no dialect that is known.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    client = client or httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits)
+    try:
+        if dialect == "auto":
+            dialect = await _dialect_of(client, url)
+        subject = DIALECTS[dialect](client, form)
+        await subject.open()
+    except BaseException:
+        await client.aclose()
+        raise
+    return subject
+
+
+async def _dialect_of(client: httpx.AsyncClient, url: str) -> str:
+    try:
+        await client.get("/health")
+    except httpx.HTTPError as error:
+        raise CheckError(f"nobody answers at {url}", got=repr(error), fix="Start the engine first.") from error
+    probe = HttpSubject(client, None)  # type: ignore[arg-type]
+    for path, (dialect, key) in _TELLTALE.items():
+        if key in (await probe.get(path) or {}):
+            return dialect
+    models = await probe.get("/v1/models") or {}
+    owners = {model.get("owned_by") for model in models.get("data", [])}
+    for dialect in ("vllm", "sglang"):
+        if dialect in owners:
+            return dialect
+    if await probe.get("/get_model_name") is not None:
+        return "lightllm"
+    raise CheckError(f"what runs at {url} does not say what it is", fix=f"Pass --dialect: {', '.join(DIALECTS)}.")
