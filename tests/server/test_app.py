@@ -198,6 +198,27 @@ def test_bad_input_is_refused_by_name_and_the_server_goes_on(client: TestClient,
     assert error["type"] == "RequestError"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/abort", b'{"request_ids": [HALF]}', 422),
+        ("/update_weights", b'{"path": HALF, "version": "1"}', 422),
+        ("/generate", b'{"inputs": [1], HALF: 1}', 422),
+        ("/generate", b'{"inputs": [1], "parameters": {"presence_penalty": HALF}}', 400),
+        ("/v1/completions", b'{"model": HALF, "prompt": "a"}', 404),
+        ("/v1/chat/completions", b'{"model": "model", "messages": [{"role": HALF, "content": HALF}]}', 400),
+        ("/sglang/generate", b'{"text": HALF}', 400),
+        ("/sglang/abort_request", b'{"rid": HALF}', 200),
+    ],
+)
+def test_half_a_character_is_never_a_bug(client: TestClient, path: str, body: bytes, status: int) -> None:
+    """JSON can say it, UTF-8 cannot."""
+    content = body.replace(b"HALF", b'"\\ud800"')
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == status, response.text
+    assert b"\xed\xa0" not in response.content
+
+
 def test_an_unknown_path_is_refused_in_the_same_form(client: TestClient) -> None:
     response = client.get("/nowhere")
     assert response.status_code == 404

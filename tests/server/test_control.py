@@ -178,6 +178,7 @@ def test_an_unclear_abort_is_refused(client, body) -> None:
     [
         ("/abort", {"request_ids": "a"}),
         ("/abort", {"everything": True}),
+        ("/abort", {"request_ids": [""]}),
         ("/update_weights", {"path": "x"}),
         ("/update_weights", {"path": "", "version": "1"}),
         ("/update_weights", {"path": "x", "version": 1}),
@@ -248,6 +249,18 @@ def test_weights_that_do_not_fit_are_a_400_and_change_nothing(client, tmp_path) 
         assert "the old" in response.json()["error"]["message"]
     assert client.get("/model").json() == before
     assert_rows(post(client, "/generate", body_of([5], 4)))
+
+
+@pytest.mark.parametrize("path", ["org/name", "name", "~nobody-of-this-name/x", "/dev/null", "a\0b", "x" * 5000])
+def test_weights_that_are_no_place_here_are_a_400_and_are_looked_for_nowhere_else(client, monkeypatch, path) -> None:
+    def call_out(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", call_out)
+    response = client.post("/update_weights", json={"path": path, "version": "bad"})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "WeightsError"
+    assert "asked" not in response.text
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])

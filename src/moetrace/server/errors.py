@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -73,8 +75,15 @@ def error_response(
     """An error as clients of `path` get it."""
     if path.startswith("/v1/"):
         status = 400 if status == 422 else status  # OpenAI knows no 422
-        return JSONResponse({"error": openai_facts(status, error)}, status, headers)
-    return JSONResponse({"error": error_facts(error)}, status, headers)
+        return _Escaped({"error": openai_facts(status, error)}, status, headers)
+    return _Escaped({"error": error_facts(error)}, status, headers)
+
+
+class _Escaped(JSONResponse):
+    """JSON in ASCII: an error may quote what a client sent, and UTF-8 cannot hold all that JSON can say."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 def openai_facts(status: int, error: MoetraceError) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -20,7 +21,9 @@ class AbortRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    request_ids: list[str] | None = Field(None, description="ids that the requests had in X-Request-Id")
+    request_ids: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None, description="ids that the requests had in X-Request-Id"
+    )
     all: bool = Field(False, description="all requests")
 
 

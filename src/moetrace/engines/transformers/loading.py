@@ -82,17 +82,20 @@ def load_model(path: str, config: EngineConfig, *, require_moe: bool, device: st
 def load_weights(path: str, model: Any, config: EngineConfig) -> dict[str, torch.Tensor]:
     """The state dict of `model` with the weights of a checkpoint folder or of one safetensors file, on the host.
 
+    Nothing is looked for elsewhere: a name that is no place here is not one on a hub.
+
     Raises:
         WeightsError: they cannot be read, or are not all there.
     """
     try:
-        if not Path(path).expanduser().is_file():
-            return load_model(path, config, require_moe=False, device="cpu").state_dict()
-        with safe_open(Path(path).expanduser(), "pt") as file:
+        place = Path(path).expanduser().absolute()
+        if place.is_dir():
+            return load_model(str(place), config, require_moe=False, device="cpu").state_dict()
+        with safe_open(place, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         own = {"config": model.config, "dtype": model.dtype}
         return _from_pretrained(type(model), path, None, state_dict=tensors, **own).state_dict()
-    except (EngineError, OSError, SafetensorError) as error:
+    except (EngineError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise WeightsError(
             f"cannot read the new weights from {path!r}; the old ones stay",
             expected="a checkpoint folder of this model, or a safetensors file with all of its tensors",
