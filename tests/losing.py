@@ -28,7 +28,8 @@ def losing(url: str, has_arrived: Callable[[], bool]) -> Iterator[str]:
                     while not has_arrived():
                         time.sleep(0.001)
                     for end in (near, far):
-                        end.shutdown(socket.SHUT_RDWR)
+                        with suppress(OSError):  # one end may have closed it because the other was cut
+                            end.shutdown(socket.SHUT_RDWR)
                 is_first = False
 
     def pass_on(a: socket.socket, b: socket.socket) -> None:
