@@ -333,6 +333,7 @@ COMPLETIONS: Refused = [
     ({"suffix": "x"}, "suffix", "'suffix' is not supported"),
     ({"seed": 2**63}, None, "seed is out of range"),
     ({"presence_penalty": 0.1}, "presence_penalty", "'presence_penalty' is not supported"),
+    ({"presence_penalty": False}, "presence_penalty", "'presence_penalty' is not supported"),
     ({"frequency_penalty": -1}, "frequency_penalty", "'frequency_penalty' is not supported"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "'logit_bias' is not supported"),
     ({"stop": ""}, None, "stop is out of range: expected texts that are not empty"),

@@ -202,6 +202,7 @@ def test_an_abort_before_the_first_token_ends_the_stream_without_one(engine) -> 
         ("", {}, "the prompt is empty"),
         ("A", {"return_routed_experts": False, "routed_experts_every": 3}, "routes that were not asked for"),
         ("A", {"presence_penalty": 3}, "'presence_penalty' is not supported"),
+        ("A", {"presence_penalty": False}, "'presence_penalty' is not supported"),
         ("A", {"max_new_tokens": 600}, "does not fit the model's window"),
     ],
 )

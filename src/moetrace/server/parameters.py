@@ -28,7 +28,7 @@ def require_neutral(
         if name not in neutral:
             expected = ", ".join(sorted({*known, *neutral, *ignored}))
             raise RequestError(f"parameter {name!r} is unknown", expected=expected, got=name, param=name)
-        if value not in neutral[name]:
+        if not is_neutral(value, neutral[name]):
             shown = repr(value)
             raise RequestError(
                 f"parameter {name!r} is not supported by this server",
@@ -36,6 +36,11 @@ def require_neutral(
                 got=shown if len(shown) <= 80 else f"{shown[:77]}...",
                 param=name,
             )
+
+
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a value is one of some, for JSON: there false is not 0."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
 
 
 def close(schema: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], ignored: Collection[str] = ()) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moetrace.dialects import AxisOrder, IdType
 from moetrace.engines.requests import SamplingParams
 from moetrace.errors import RequestError
-from moetrace.server.parameters import close
+from moetrace.server.parameters import close, is_neutral
 
 _SAMPLING = SamplingParams()
 
@@ -86,7 +86,7 @@ class GenerateParameters(BaseModel):
                     expected=", ".join(sorted({*type(self).model_fields, *_NEUTRAL})),
                     got=name,
                 )
-            if value not in _NEUTRAL[name]:
+            if not is_neutral(value, _NEUTRAL[name]):
                 raise RequestError(
                     f"parameter {name!r} is not supported by this server",
                     expected=f"it absent, or {_NEUTRAL[name][0]!r}",
