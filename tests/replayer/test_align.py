@@ -17,7 +17,8 @@ from traces import dyed_ids, layouts, make_trace, refused, routing_traces
 
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
 from moetrace.layout import MoeLayout
-from moetrace.replayer.align import AlignedRoutes, TokenMode, align
+from moetrace.replayer.align import align
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.trace import RoutingTrace
 
 PADDING, LIVE, REPLAY = 0, 1, 2

@@ -1,7 +1,32 @@
-"""Replay recorded routes in a training forward: align traces to a batch, supply them at the tap, watch the overlap."""
+"""Replay recorded routes in a training forward: align traces to a batch, supply them at the tap, watch the overlap.
 
-from moetrace.replayer.align import AlignedRoutes, align
-from moetrace.replayer.monitor import ReplayStats
-from moetrace.replayer.session import ReplaySession, replay
+Alignment and slicing for ranks need numpy only; what needs torch loads it when it is first used.
+"""
 
-__all__ = ["AlignedRoutes", "ReplaySession", "ReplayStats", "align", "replay"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moetrace.replayer.align import align
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
+
+_NEED_TORCH = {
+    "ReplaySession": "moetrace.replayer.session",
+    "ReplayStats": "moetrace.replayer.monitor",
+    "replay": "moetrace.replayer.session",
+}
+
+__all__ = ["AlignedRoutes", "ReplaySession", "ReplayStats", "TokenMode", "align", "replay"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module 'moetrace.replayer' has no attribute {name!r}")
+    return getattr(import_module(_NEED_TORCH[name]), name)
+
+
+if TYPE_CHECKING:
+    from moetrace.replayer.monitor import ReplayStats as ReplayStats
+    from moetrace.replayer.session import ReplaySession as ReplaySession
+    from moetrace.replayer.session import replay as replay

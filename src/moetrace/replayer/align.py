@@ -6,8 +6,6 @@ Axes: N = B * S tokens of the batch in memory order, L MoE layers, K experts per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -15,50 +13,10 @@ import numpy as np
 from moetrace.batch import Segment, segments_of, to_numpy
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError
 from moetrace.layout import MoeLayout
-from moetrace.trace import Order, RoutingTrace
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.trace import RoutingTrace
 
 Missing = Literal["error", "live"]
-
-
-class TokenMode(IntEnum):
-    """What the router of a token does."""
-
-    PADDING = 0
-    """Not a token of any sequence: routed live, counted nowhere."""
-    LIVE = 1
-    """No row exists: routed live, with permission."""
-    REPLAY = 2
-    """Routed as recorded."""
-
-
-@dataclass(frozen=True)
-class AlignedRoutes:
-    """The rows of a batch's traces at the places of its tokens.
-
-    Attributes:
-        experts_LNK: `[L, N, K]`, dtype `layout.dtype`, zeros where nothing is replayed.
-        mode_N: `[N]` uint8 of `TokenMode`.
-        follows_N: `[N]` bool, True where token n - 1 precedes token n in one sequence and both are replayed.
-        layout: the traces' layout.
-        fingerprint: the traces' model fingerprint, or "".
-        order: "rank" when the K ids of every trace are best first.
-    """
-
-    experts_LNK: np.ndarray
-    mode_N: np.ndarray
-    follows_N: np.ndarray
-    layout: MoeLayout
-    fingerprint: str
-    order: Order
-
-    @property
-    def num_tokens(self) -> int:
-        """N, padding included."""
-        return len(self.mode_N)
-
-    def count(self, mode: TokenMode) -> int:
-        """How many tokens have a mode."""
-        return int((self.mode_N == mode).sum())
 
 
 def align(
@@ -100,6 +58,7 @@ def align(
     tokens_N = input_ids_BS.reshape(-1)
     experts_NLK = np.zeros((tokens_N.size, layout.num_layers, layout.top_k), layout.dtype)
     mode_N = np.full(tokens_N.size, TokenMode.PADDING, np.uint8)
+    sequence_N, position_N = (np.full(tokens_N.size, -1, np.int32) for _ in range(2))
     for number, (segment, trace) in enumerate(zip(segments, traces, strict=True)):
         trace.require_tokens(tokens_N[segment.start : segment.stop], f"sequence {number} of the batch")
         replayed_T = np.zeros(len(segment), bool)
@@ -109,13 +68,17 @@ def align(
             experts_NLK[segment.start + trace.start : segment.start + stop] = trace.experts_TLK[: stop - trace.start]
         _require_rows(number, segment, replayed_T, live_allowed_N)
         mode_N[segment.start : segment.stop] = np.where(replayed_T, TokenMode.REPLAY, TokenMode.LIVE)
+        sequence_N[segment.start : segment.stop] = number
+        position_N[segment.start : segment.stop] = np.arange(len(segment))
     return AlignedRoutes(
         experts_LNK=np.ascontiguousarray(experts_NLK.transpose(1, 0, 2)),
         mode_N=mode_N,
-        follows_N=_follows(mode_N, segments),
+        sequence_N=sequence_N,
+        position_N=position_N,
         layout=layout,
         fingerprint=fingerprint,
         order="rank" if all(trace.order == "rank" for trace in traces) else "set",
+        shape=(input_ids_BS.shape[0], input_ids_BS.shape[1]),
     )
 
 
@@ -151,11 +114,3 @@ def _require_rows(number: int, segment: Segment, replayed_T: np.ndarray, live_al
             expected="a captured row for every token but the last",
             fix="Pass missing='live', or a bool array [B, S], to let the live router decide there.",
         )
-
-
-def _follows(mode_N: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
-    replayed_N = mode_N == TokenMode.REPLAY
-    follows_N = np.zeros(len(mode_N), bool)
-    follows_N[1:] = replayed_N[1:] & replayed_N[:-1]
-    follows_N[[segment.start for segment in segments]] = False
-    return follows_N

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moetrace.replayer.align import AlignedRoutes, TokenMode
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
 
 SHIFT_MARGIN = 0.05
 """Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""

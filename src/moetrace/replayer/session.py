@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
-from moetrace.replayer.align import AlignedRoutes, Missing, TokenMode, align
+from moetrace.replayer.align import Missing, align
 from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
 
