@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moetrace.replayer.align import align
+from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 
 _NEED_TORCH = {
@@ -17,7 +18,7 @@ _NEED_TORCH = {
     "replay": "moetrace.replayer.session",
 }
 
-__all__ = ["AlignedRoutes", "ReplaySession", "ReplayStats", "TokenMode", "align", "replay"]
+__all__ = ["AlignedRoutes", "ReplayPolicy", "ReplaySession", "ReplayStats", "TokenMode", "align", "replay"]
 
 
 def __getattr__(name: str) -> Any:
