@@ -29,7 +29,7 @@ _SCORING = {
     torch.nn.functional.sigmoid: "sigmoid",
     torch.nn.functional.softplus: "softplus",
 }
-"""What a router may make of its logits before it selects."""
+"""What a router may make of its logits, before it selects or of those it has selected."""
 
 
 @dataclass
@@ -43,8 +43,9 @@ class Selection:
         indices_NK: int64 indices the router will use; equal to `live_NK` unless a replay changed them.
         recompute: True in the second forward of activation checkpointing.
         in_place: True if the indices lie already where the session's `indices_out` wanted them.
-        scoring: "softmax", "sigmoid" or "softplus": what the router made of its logits first; "" if it selects by them.
-        logits_NE: what it made that of; `scores_NE` if it selects by its logits.
+        scoring: "softmax", "sigmoid" or "softplus": what the router makes of its logits. A router that selects by its
+            logits does so afterwards: "" until then.
+        logits_NE: the logits, as far as they can be seen: what was scored, `scores_NE` if nothing was until now.
         groups: (scores [N, G], k) of each top-k over groups of experts that limits this one.
     """
 
@@ -120,7 +121,7 @@ class SelectionMode(TorchFunctionMode):
             self.masked.append((result, args[0]))
         elif func in _TOPK and self.used is None:
             self._note_groups(*args, **kwargs)
-        elif func in _SCORING and self.used is None:
+        elif func in _SCORING:
             self._note_scoring(_SCORING[func], *args, **kwargs)
         return result
 
@@ -133,7 +134,9 @@ class SelectionMode(TorchFunctionMode):
             self.groups.append((input, k))
 
     def _note_scoring(self, scoring: str, input: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if input.ndim > 1 and input.shape[-1] == self.site.num_experts:
+        if self.selections:
+            self.selections[-1].scoring = self.selections[-1].scoring or scoring
+        elif input.ndim > 1 and input.shape[-1] == self.site.num_experts:
             self.scoring, self.logits = scoring, input
 
     def _selects_experts(
