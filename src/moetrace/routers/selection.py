@@ -108,7 +108,8 @@ class SelectionMode(TorchFunctionMode):
         self.used: torch.Tensor | None = None
         self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.groups: list[tuple[torch.Tensor, int]] = []
-        self.scoring, self.logits = "", None
+        self.scoring = ""
+        self.logits: torch.Tensor | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
