@@ -83,9 +83,12 @@ class FakeSGLang(FakeEngine):
 
 
 class FakeVLLM(FakeEngine):
+    """Its stream brings all rows with the last tokens; an abort, here, finds its request ended."""
+
     def __init__(self, form: DyeForm, tokens_endpoint: bool) -> None:
         super().__init__(form)
         self._path = "/inference/v1/generate" if tokens_endpoint else "/v1/completions"
+        self.aborted: list[str] = []
 
     def reply(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
@@ -94,7 +97,10 @@ class FakeVLLM(FakeEngine):
         if path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "dye", "owned_by": "vllm", "max_model_len": 2048}]})
         if path == "/openapi.json":
-            return httpx.Response(200, json={"paths": {self._path: {}}})
+            return httpx.Response(200, json={"paths": {self._path: {}, "/abort_requests": {}}})
+        if path == "/abort_requests":
+            self.aborted += json.loads(request.content)["request_ids"]
+            return httpx.Response(200)
         if path != self._path:
             return httpx.Response(404)
         body = json.loads(request.content)
@@ -110,6 +116,12 @@ class FakeVLLM(FakeEngine):
             np.save(file, ids.astype(np.uint8))
             data = base64.b64encode(file.getvalue()).decode()
             choices.append({"index": index, "finish_reason": reason, "token_ids": output, "routed_experts": data})
+        if body.get("stream"):
+            [last] = choices
+            first = {"index": 0, "token_ids": last["token_ids"][:-1], "finish_reason": None, "routed_experts": None}
+            events = [first, last | {"token_ids": last["token_ids"][-1:]}]
+            text = "".join(f"data: {json.dumps({'choices': [event]})}\n\n" for event in events)
+            return httpx.Response(200, text=text + "data: [DONE]\n\n")
         return httpx.Response(200, json={"choices": choices[::-1]})
 
 
