@@ -15,6 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.suite.adapters.payloads import rows_of_vllm_array
+from moetrace.conformance.suite.adapters.vllm import sampling_of
 from moetrace.conformance.suite.asking import Answer, Ask
 from moetrace.errors import CheckError, LackingError
 
@@ -42,10 +43,7 @@ class VLLMEngine:
         if ask.stream or ask.abort_after is not None:
             kind = RequestOutputKind.DELTA
         sampling = SamplingParams(
-            max_tokens=ask.max_new_tokens,
-            temperature=ask.temperature,
-            ignore_eos=ask.ignore_eos,
-            n=ask.n,
+            **sampling_of(ask, self._form),
             routed_experts_prompt_start=ask.start,
             output_kind=kind,
         )

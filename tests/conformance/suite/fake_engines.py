@@ -107,9 +107,11 @@ class FakeVLLM(FakeEngine):
         sampling, prompt = body.get("sampling_params", body), body.get("token_ids") or body["prompt"]
         if sampling.get("routed_experts_prompt_start", 0) >= len(prompt):
             return httpx.Response(400, json={"error": {"message": "routed_experts_prompt_start must be below P"}})
+        if not 0 <= sampling["temperature"] <= 2:
+            return httpx.Response(400, json={"error": {"message": "temperature must be in [0, 2]"}})
         choices: list[dict[str, Any]] = []
         for index in range(sampling["n"]):
-            hot = sampling["temperature"] > 0
+            hot = "allowed_token_ids" in sampling
             output, reason = self.output(prompt, sampling["max_tokens"], hot, sampling["ignore_eos"])
             ids = routes(self.form, [*prompt, *output][:-1])[sampling.get("routed_experts_prompt_start", 0) :]
             file = io.BytesIO()

@@ -15,9 +15,28 @@ from moetrace.errors import CheckError, LackingError
 
 TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
 """The endpoints that return routes and take token ids."""
+_HOTTEST = 2.0
+_STEP = 61
 _ABORT = "/abort_requests"
 _SECONDS_TO_ABORT = 0.5
 """An answer that is not streamed does not tell when its tokens are there."""
+
+
+def sampling_of(ask: Ask, form: DyeForm) -> dict[str, Any]:
+    """What vLLM's sampling parameters are called, over HTTP and in process.
+
+    It takes no temperature above 2, at which samples of a dye would all be one. They part too where only some tokens
+    are allowed: the next one is seldom among them, and the others are alike.
+    """
+    sampling: dict[str, Any] = {
+        "max_tokens": ask.max_new_tokens,
+        "temperature": min(ask.temperature, _HOTTEST),
+        "ignore_eos": ask.ignore_eos,
+        "n": ask.n,
+    }
+    if ask.temperature > _HOTTEST:
+        sampling["allowed_token_ids"] = list(range(0, form.vocab_size - 1, _STEP))
+    return sampling
 
 
 class VLLMSubject(HttpSubject):
@@ -46,12 +65,7 @@ class VLLMSubject(HttpSubject):
         """See `Subject`."""
         if ask.max_new_tokens == 0:
             raise LackingError("vLLM generates at least one token")
-        sampling: dict[str, Any] = {
-            "max_tokens": ask.max_new_tokens,
-            "temperature": ask.temperature,
-            "ignore_eos": ask.ignore_eos,
-            "n": ask.n,
-        }
+        sampling = sampling_of(ask, self.form)
         if self.endpoint == TEXT:
             for asked, what in (
                 (ask.start, "has no start offset"),
