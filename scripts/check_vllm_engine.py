@@ -39,9 +39,9 @@ class VLLMEngine:
         """See `Subject`. A stream's routes come with its last tokens."""
         if ask.max_new_tokens == 0:
             raise LackingError("vLLM generates at least one token")
-        kind = RequestOutputKind.FINAL_ONLY
-        if ask.stream or ask.abort_after is not None:
-            kind = RequestOutputKind.DELTA
+        kind = RequestOutputKind.DELTA if ask.stream else RequestOutputKind.FINAL_ONLY
+        if ask.abort_after is not None:
+            kind = RequestOutputKind.CUMULATIVE
         sampling = SamplingParams(
             **sampling_of(ask, self._form),
             routed_experts_prompt_start=ask.start,
@@ -64,7 +64,8 @@ class VLLMEngine:
         aborted = False
         async for result in self._engine.generate(prompt, sampling, name):
             for output in result.outputs:
-                outputs[output.index] += output.token_ids
+                earlier = outputs[output.index] if ask.stream else []
+                outputs[output.index] = [*earlier, *output.token_ids]
                 reasons[output.index] = output.finish_reason or ""
                 if output.routed_experts is not None:
                     routes[output.index] = output.routed_experts

@@ -88,6 +88,7 @@ class FakeVLLM(FakeEngine):
     def __init__(self, form: DyeForm, tokens_endpoint: bool) -> None:
         super().__init__(form)
         self._path = "/inference/v1/generate" if tokens_endpoint else "/v1/completions"
+        self.names: list[str] = []
         self.aborted: list[str] = []
 
     def reply(self, request: httpx.Request) -> httpx.Response:
@@ -105,6 +106,7 @@ class FakeVLLM(FakeEngine):
             return httpx.Response(404)
         body = json.loads(request.content)
         sampling, prompt = body.get("sampling_params", body), body.get("token_ids") or body["prompt"]
+        self.names.append(body.get("request_id", ""))
         if sampling.get("routed_experts_prompt_start", 0) >= len(prompt):
             return httpx.Response(400, json={"error": {"message": "routed_experts_prompt_start must be below P"}})
         if not 0 <= sampling["temperature"] <= 2:

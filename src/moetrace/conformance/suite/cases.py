@@ -65,8 +65,8 @@ async def scoring(session: Session) -> None:
 
 
 async def streamed(session: Session) -> None:
-    """Streams bring the same rows, each once, however they are cut into pieces."""
-    sizes = [(7, 1), (20, 40), (70, 24)]
+    """Streams bring the same rows, each once, however they are cut into pieces; also where many run at once."""
+    sizes = [(7, 1), (20, 40), (70, 24), *[(30, 24)] * (session.plan.requests // 8)]
     await session.all([Ask(session.tokens(prompt), output, stream=True) for prompt, output in sizes], optional=True)
 
 
