@@ -10,7 +10,7 @@ from typing import Any
 from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.suite.adapters.http import HttpSubject, field
 from moetrace.conformance.suite.adapters.payloads import joined, rows_of_vllm
-from moetrace.conformance.suite.asking import Answer, Ask
+from moetrace.conformance.suite.asking import Answer, Ask, Rows
 from moetrace.errors import CheckError, LackingError
 
 TOKENS, TEXT = "/inference/v1/generate", "/v1/completions"
@@ -102,7 +102,7 @@ class VLLMSubject(HttpSubject):
                 reason = choice.get("finish_reason") or reason
                 if choice.get("routed_experts") is not None:
                     payloads.append((len(output), choice["routed_experts"]))
-        rows = []
+        rows: list[Rows] = []
         for there, payload in payloads:  # vLLM 0.26 sends all of them at the end; a later piece starts where one ended
             start = ask.start + sum(len(piece.ids_TLK) for piece in rows)
             rows.append(rows_of_vllm(payload, [*ask.prompt, *output[:there]], self.form, start))
