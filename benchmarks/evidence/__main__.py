@@ -1,9 +1,9 @@
 """What R3 changes: a small MoE trained by GRPO, and the mismatch of a large one's shape.
 
-    python benchmarks/evidence grpo --minutes 5 --out benchmarks/results/evidence
-    python benchmarks/evidence grpo --minutes 5 --rollout float8 --out benchmarks/results/evidence
-    python benchmarks/evidence mismatch --layers 48 --out benchmarks/results/evidence
-    python benchmarks/evidence plots --out benchmarks/results/evidence
+    python benchmarks/evidence grpo --minutes 4.5
+    python benchmarks/evidence grpo --minutes 4 --rollout float8 --set epochs=4 lr=2e-4 --name float8-hard
+    python benchmarks/evidence mismatch --layers 48
+    python benchmarks/evidence plots
 
 `grpo` trains every seed with no replay, with R2 (routes of the trainer's own forward before the updates) and with R3
 (routes of the rollout), all from the same weights and prompts, and stops at its time with what it has. `--smoke` is
@@ -28,7 +28,8 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="sizes for two CPU cores")
     parser.add_argument("--device", help="default: cuda where there is one")
     grpo = parser.add_argument_group("grpo")
-    grpo.add_argument("--minutes", type=float, default=5.0, help="for everything, start and warm starts included")
+    grpo.add_argument("--name", help="of the result, grpo-NAME.json; default: the engine's weights")
+    grpo.add_argument("--minutes", type=float, default=4.5, help="for everything, start and warm starts included")
     grpo.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     grpo.add_argument("--variants", nargs="+", choices=["none", "R2", "R3"], default=["none", "R2", "R3"])
     grpo.add_argument("--rollout", choices=["bfloat16", "float8"], default="bfloat16", help="weights of the engine")
@@ -70,11 +71,16 @@ def train(args: argparse.Namespace) -> int:
     given = dict(pair.split("=", 1) for pair in args.set)
     settings = replace(settings, **{name: type(getattr(settings, name))(value) for name, value in given.items()})
     record = processes.experiment(
-        settings, args.seeds, args.variants, BEGAN, args.minutes, args.at_once or os.cpu_count() or 1,
-        args.out / f"grpo-{args.rollout}.json",
+        settings,
+        args.seeds,
+        args.variants,
+        BEGAN,
+        args.minutes,
+        args.at_once or os.cpu_count() or 1,
+        args.out / f"grpo-{args.name or args.rollout}.json",
     )
     print(processes.summary(record))
-    return int(all(run["error"] for run in record["runs"]))
+    return int(not record["runs"] or all(run["error"] for run in record["runs"]))
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def run(settings: Settings, variant: str, seed: int, until: float, weights: Path
     """Train until the time; `out` has every step that is over, and the error where there was one."""
     columns: dict[str, list[float]] = defaultdict(list)
     matches: dict[int, float] = {}
-    record: dict[str, Any] = {"seed": seed, "variant": variant, "error": None}
+    record: dict[str, Any] = {"seed": seed, "variant": variant, "error": "ended before its time"}
     engine = None
     try:
         torch.manual_seed(seed)
@@ -204,6 +204,7 @@ def run(settings: Settings, variant: str, seed: int, until: float, weights: Path
             for name, value in this.step(number).items():
                 columns[name].append(round(value, 7))
             write(out, record | {"steps": dict(columns), "expected_exact_match": matches})
+        record["error"] = None
     except Exception as error:  # told, not lost: the other runs go on
         record["error"] = f"{type(error).__name__}: {error}"
         traceback.print_exc()

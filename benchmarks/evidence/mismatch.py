@@ -162,7 +162,10 @@ def read(
 
 def per_layer(a: list[RoutingTrace], b: list[RoutingTrace]) -> list[float]:
     """Router mismatch of each MoE layer."""
-    differs = [shared_experts(x.experts_TLK, y.experts_TLK[: len(x.experts_TLK)]) < x.layout.top_k for x, y in zip(a, b, strict=True)]
+    differs = [
+        shared_experts(x.experts_TLK, y.experts_TLK[: len(x.experts_TLK)]) < x.layout.top_k
+        for x, y in zip(a, b, strict=True)
+    ]
     return np.concatenate(differs).mean(0).round(5).tolist()
 
 

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "moetrace"  # equal results give equal files
 import matplotlib.pyplot as plt
+import numpy as np
 
 COLOURS = {"none": "tab:red", "R2": "tab:orange", "R3": "tab:blue"}
 PANELS = (
@@ -30,6 +26,8 @@ PANELS = (
 
 def draw(folder: Path) -> None:
     """Write an SVG beside each JSON."""
+    plt.switch_backend("svg")
+    plt.rcParams["svg.hashsalt"] = "moetrace"  # equal results give equal files
     for path in sorted(folder.glob("grpo-*.json")):
         draw_training(json.loads(path.read_text()), path.with_suffix(".svg"))
     if (folder / "mismatch.json").exists():

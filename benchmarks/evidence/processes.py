@@ -24,12 +24,17 @@ from settings import VARIANTS, Settings
 
 _GRACE_S = 40.0
 """How long after its time a run may take to finish its step."""
-_WARM_SHARE = 0.25
+_WARM_SHARE = 0.3
 """Of the whole time, at most, for the warm starts."""
 
 
 def experiment(
-    settings: Settings, seeds: Sequence[int], variants: Sequence[str], began: float, minutes: float, at_once: int,
+    settings: Settings,
+    seeds: Sequence[int],
+    variants: Sequence[str],
+    began: float,
+    minutes: float,
+    at_once: int,
     out: Path,
 ) -> dict[str, Any]:
     """Warm starts, then every seed under every variant; `out` is written again every few seconds."""

@@ -16,8 +16,8 @@ class Settings:
     device: str
     rollout: str = "bfloat16"
     shape: Shape = field(default_factory=Shape)
-    shortest: int = 8
-    longest: int = 14
+    shortest: int = 6
+    longest: int = 12
     # the warm start
     warm_batch: int = 512
     warm_lr: float = 1e-3
@@ -27,8 +27,8 @@ class Settings:
     prompts: int = 32
     samples: int = 8
     minibatches: int = 4
-    epochs: int = 2
-    lr: float = 1e-4
+    epochs: int = 1
+    lr: float = 5e-5
     clip: float = 0.2
     max_grad_norm: float = 1.0
     max_steps: int = 100_000
@@ -37,9 +37,7 @@ class Settings:
     def smoke(cls, device: str, rollout: str) -> Settings:
         """Everything small enough for two CPU cores."""
         shape = Shape(layers=3, hidden=64, heads=2, experts=8, top_k=2, expert_width=32)
-        return cls(
-            device, rollout, shape, shortest=3, longest=5, warm_batch=256, warm_lr=3e-3, prompts=8, samples=4, lr=3e-4
-        )
+        return cls(device, rollout, shape, shortest=3, longest=5, warm_batch=256, warm_lr=3e-3, prompts=16, lr=1e-4)
 
     @property
     def sequences(self) -> int:

@@ -41,7 +41,7 @@ def warm_start(settings: Settings, seed: int, until: float, path: Path) -> dict[
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if step % 25 == 0:
+        if step % 10 == 0:
             match = expected_exact_match(model, judged)
             if match >= settings.warm_target:
                 break
