@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the small model; the defaults have 27 million parameters."""
+    """Sizes of the small model; the defaults have 28 million parameters."""
 
     layers: int = 8
     hidden: int = 256

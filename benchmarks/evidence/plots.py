@@ -49,7 +49,8 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
                 axis.plot(steps, means, color=colour, linewidth=2, label=f"{variant} ({len(curves)} seeds)")
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.title.set_fontsize(10)
-    axes[0, 0].legend()
+    if axes[0, 0].lines:
+        axes[0, 0].legend()
     settings = record["settings"]
     figure.suptitle(f"GRPO on sorting digits; rollout weights {settings['rollout']}, learning rate {settings['lr']}")
     figure.savefig(path, metadata={"Date": None})
