@@ -144,9 +144,9 @@ class Contract:
         if not dtypes:
             self.written_dtype(layout)
         ids_RDK = require_ids(payload, dtypes, (num_rows, width, layout.top_k), self.payload)
-        self._require_dense(ids_RDK, places)
         ids_RLK = ids_RDK[:, places]
         captured_R = self._captured(captured, num_rows)
+        self._require_dense(ids_RDK[captured_R], places)
         if self.marks_missing:
             ids_RLK = np.where(captured_R[:, None, None], ids_RLK, ids_RLK.dtype.type(MISSING_ID))
             captured_R = captured_rows(ids_RLK, layout)
