@@ -1,4 +1,4 @@
-"""Whole batches as trainers take them: each row where its token is, whichever side is padded, and pads that harm nobody.
+"""Whole batches as trainers take them: each row where its token is, whichever side is padded, and harmless pads.
 
 Axes: B rows and S columns of a batch, N = B * S, L MoE layers, K experts per token.
 """
@@ -120,9 +120,7 @@ def test_a_packed_batch_is_written_and_read(name: str) -> None:
     traces = [trace_of(case) for case in cases]
     batch = BATCHES[name].write_batch(traces, input_ids, depth(name), cu_seqlens=[0, 4, 10])
     np.testing.assert_array_equal(batch[0], expected, strict=True)
-    again = BATCHES[name].read_batch(
-        batch, input_ids, CASE.layout, depth(name), cu_seqlens=[0, 4, 10], captured=[3, 5]
-    )
+    again = BATCHES[name].read_batch(batch, input_ids, CASE.layout, depth(name), cu_seqlens=[0, 4, 10], captured=[3, 5])
     assert again == traces
 
 

@@ -133,8 +133,7 @@ def test_a_row_of_the_last_token_is_data_where_there_is_place(name: str) -> None
     written = write(name, scored, CASE.tokens)
     places = list(CASE.layers) if DOCUMENTED[name].every_layer else [0, 1, 2]
     np.testing.assert_array_equal(written[:, places], scored.experts_TLK[: len(written)])
-    captured = {"captured": 6} if name in NEEDS_CAPTURED else {}
-    again = read(name, written, CASE.tokens, **captured)
+    again = read(name, written, CASE.tokens, captured=6 if name in NEEDS_CAPTURED else None)
     assert again == (scored.slice(0, 5) if name in ("slime", "miles") else scored)
 
 
