@@ -9,15 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moetrace.replayer.align import align
+from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 
 _NEED_TORCH = {
     "ReplaySession": "moetrace.replayer.session",
     "ReplayStats": "moetrace.replayer.monitor",
+    "RouterShift": "moetrace.replayer.drift",
     "replay": "moetrace.replayer.session",
+    "router_scores": "moetrace.replayer.drift",
+    "router_shift": "moetrace.replayer.drift",
 }
 
-__all__ = ["AlignedRoutes", "ReplaySession", "ReplayStats", "TokenMode", "align", "replay"]
+__all__ = [
+    "AlignedRoutes",
+    "ReplayPolicy",
+    "ReplaySession",
+    "ReplayStats",
+    "RouterShift",
+    "TokenMode",
+    "align",
+    "replay",
+    "router_scores",
+    "router_shift",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +42,9 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from moetrace.replayer.drift import RouterShift as RouterShift
+    from moetrace.replayer.drift import router_scores as router_scores
+    from moetrace.replayer.drift import router_shift as router_shift
     from moetrace.replayer.monitor import ReplayStats as ReplayStats
     from moetrace.replayer.session import ReplaySession as ReplaySession
     from moetrace.replayer.session import replay as replay
