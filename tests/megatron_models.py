@@ -44,13 +44,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 @contextmanager
 def on_cpu(store: Any = None, rank: int = 0, size: int = 1, **parallel: Any) -> Iterator[None]:
     """Megatron-Core, initialised in a gloo group of CPUs."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(torch.cuda, "manual_seed", torch.manual_seed)
         patch.setattr(torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state())
         patch.setattr(megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state())
         patch.setattr(megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
-        patch.setattr(torch._dynamo.config, "disable", True)
         if not hasattr(moe_utils, "te_general_gemm"):
             patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
         distributed.init_process_group("gloo", store=store or distributed.HashStore(), rank=rank, world_size=size)
@@ -122,10 +121,11 @@ def routers_of(built: torch.nn.Module) -> list[TopKRouter]:
 
 
 def forward(built: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """`[B, S, V]` logits; causal attention over whole rows, so padding on the right changes no token before it."""
+    """`[B, S, V]` logits, or with draft heads `[B, S]` losses; causal attention over whole rows."""
     rows, columns = input_ids.shape
     later = torch.ones(1, 1, columns, columns).triu(1).bool()
-    return built(input_ids, torch.arange(columns).expand(rows, columns), later)
+    labels = input_ids if built.config.mtp_num_layers else None
+    return built(input_ids, torch.arange(columns).expand(rows, columns), later, labels=labels)
 
 
 @contextmanager

@@ -188,15 +188,12 @@ def test_a_live_forward_is_recomputed_live() -> None:
 def test_draft_heads_stay_live_and_keep_their_own_router() -> None:
     model, (tokens, routes) = mm.model("full", mtp_num_layers=1, recompute_num_layers=1), batch()
     own = [router.router_replay for router in mm.routers_of(model)]
-    labels = tokens.clone()
     with megatron.attach(model) as replayer, mm.watched(model) as maps:
         assert replayer.layers == mm.LAYERS
         assert mm.routers_of(model)[-1].router_replay is own[-1]
         with replayer.microbatch(routes):
-            positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-            later = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
-            loss = model(tokens, positions, later, labels=labels)
-        loss.mean().backward()
+            losses = mm.forward(model, tokens)
+        losses.mean().backward()
     for layer in range(len(mm.LAYERS)):
         assert torch.equal(maps[layer][:-2], mm.one_hot(ids_of(routes, layer, 2))[:-2])
     assert len(maps) == 2 * (len(mm.LAYERS) + 1)  # forward and recomputation

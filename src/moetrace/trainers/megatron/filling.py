@@ -47,22 +47,23 @@ def fill(model: nn.Module | Sequence[nn.Module], routes: AlignedRoutes, *, num_t
     rows = rows_of_rank(routes, routers)
     if rows is None:
         return
-    if rows.router.num_tokens != num_tokens:
+    given = rows.in_router_order()
+    if given.num_tokens != num_tokens:
         raise ReplayError(
             "the routes are of another number of tokens than this rank's routers see",
             expected=f"{num_tokens} tokens (padding included)",
-            got=rows.router.num_tokens,
+            got=given.num_tokens,
             fix="Align the routes to the very tokens that this rank's model is called with: after context parallelism, "
             "before sequence parallelism, which is cut here.",
         )
-    if live := rows.router.count(TokenMode.LIVE):
+    if live := given.count(TokenMode.LIVE):
         raise MissingRowError(
             f"{live} tokens have no row, and RouterReplay cannot route some tokens of a batch live",
             expected="a row for every token that is not padding",
-            got=f"the first without one is token {int((rows.router.mode_N == TokenMode.LIVE).argmax())} of this rank",
+            got=f"the first without one is token {int((given.mode_N == TokenMode.LIVE).argmax())} of this rank",
             fix="Use attach, which can; or leave the last token of every sequence out of the batch.",
         )
-    targets_LNK = torch.from_numpy(rows.router.dense(dtype=np.int64))
+    targets_LNK = torch.from_numpy(given.dense(dtype=np.int64))
     device = next(model.parameters() if isinstance(model, nn.Module) else routers.chunks[0].parameters()).device
     if device.type == "cuda":
         targets_LNK = targets_LNK.pin_memory().to(device, non_blocking=True)

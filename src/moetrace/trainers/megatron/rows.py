@@ -22,20 +22,22 @@ from moetrace.trainers.megatron.routers import LocalRouter, LocalRouters
 
 @dataclass(frozen=True)
 class RankRows:
-    """What the routers of one rank are given.
+    """The routes of a rank's tokens and layers.
 
     Attributes:
-        batch: the routes of this rank's tokens and layers, in the memory order of its batch where they have one.
-        router: the same in the order in which routers see them.
+        batch: in the memory order of the rank's batch, where the routes given were a batch; otherwise as they were.
     """
 
     batch: AlignedRoutes
-    router: AlignedRoutes
 
     @cached_property
     def places(self) -> dict[int, int]:
         """Where each decoder layer is on axis L."""
         return {layer: place for place, layer in enumerate(self.batch.layout.layers)}
+
+    def in_router_order(self) -> AlignedRoutes:
+        """The same in the order in which routers see them."""
+        return self.batch if self.batch.shape is None else self.batch.sequence_first()
 
 
 def rows_of_rank(routes: AlignedRoutes, routers: LocalRouters) -> RankRows | None:
@@ -66,12 +68,10 @@ def rows_of_rank(routes: AlignedRoutes, routers: LocalRouters) -> RankRows | Non
     local = pipeline(routes, routers.layers)
     assert local is not None, "require_layers has found them"
     _require_ids(local)
-    if local.shape is None:
-        return RankRows(local, local)
     rank, size = sequence_ranks(routers.all[0])
-    if size > 1:
+    if local.shape is not None and size > 1:
         local = sequence_parallel(local, rank, size)
-    return RankRows(local, local.sequence_first())
+    return RankRows(local)
 
 
 def sequence_ranks(router: LocalRouter) -> tuple[int, int]:
