@@ -54,7 +54,7 @@ def tokens() -> torch.Tensor:
 def all_rows(tokens: torch.Tensor, seed: int = 0, layout: MoeLayout = mm.LAYOUT) -> AlignedRoutes:
     """Routes of one sequence with a row for every token, as if it went on."""
     longer = np.append(tokens[0].numpy(), 0)
-    return align(RoutingTrace.build(mm.trace_of(longer, seed, layout).experts_TLK, layout, tokens[0]), tokens)
+    return align(RoutingTrace.build(mm.trace_of(longer, seed, layout).experts_TLK, layout, tokens[0].numpy()), tokens)
 
 
 def ids_of(routes: AlignedRoutes) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ def test_an_expert_twice(tokens: torch.Tensor) -> None:
 def test_routes_of_the_next_token(tokens: torch.Tensor) -> None:
     model, routes = mm.model(), all_rows(tokens)
     by_hand(model, [ids_NK.roll(1, 0) for ids_NK in ids_of(routes)], tokens)  # nothing complains
-    trace = RoutingTrace.build(routes.experts_LNK.transpose(1, 0, 2), mm.LAYOUT, tokens[0].roll(1))
+    trace = RoutingTrace.build(routes.experts_LNK.transpose(1, 0, 2), mm.LAYOUT, tokens[0].roll(1).numpy())
     with pytest.raises(TokenMismatchError):
         align(trace, tokens)
 
@@ -145,7 +145,7 @@ def test_live_tokens_are_refused_and_padding_gets_distinct_ids(tokens: torch.Ten
     assert all((seen[6:].sum(1) == 1).all() for seen in by_hand(model, targets, tokens)), "padding on expert 0 only"
     with pytest.raises(MissingRowError, match="first without one is token 5"):
         megatron.fill(model, routes, num_tokens=COLUMNS)
-    whole = RoutingTrace.build(mm.trace_of(tokens[0].numpy()[:7], 0).experts_TLK, mm.LAYOUT, tokens[0][:6])
+    whole = RoutingTrace.build(mm.trace_of(tokens[0].numpy()[:7], 0).experts_TLK, mm.LAYOUT, tokens[0][:6].numpy())
     megatron.fill(model, align(whole, tokens, attention_mask=mask), num_tokens=COLUMNS)
     with mm.watched(model) as maps:
         mm.forward(model, tokens)

@@ -42,8 +42,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def on_cpu(store: Any = None, rank: int = 0, size: int = 1, **parallel: Any) -> Iterator[None]:
-    """Megatron-Core, initialised in a gloo group of CPUs."""
+def on_cpu(**parallel: Any) -> Iterator[None]:
+    """Megatron-Core, initialised in the process group that there is, or in one of this process alone."""
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(torch.cuda, "manual_seed", torch.manual_seed)
@@ -52,14 +52,17 @@ def on_cpu(store: Any = None, rank: int = 0, size: int = 1, **parallel: Any) -> 
         patch.setattr(megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
         if not hasattr(moe_utils, "te_general_gemm"):
             patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
-        distributed.init_process_group("gloo", store=store or distributed.HashStore(), rank=rank, world_size=size)
+        alone = not distributed.is_initialized()
+        if alone:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel(**parallel)
             megatron_random.model_parallel_cuda_manual_seed(1)
             yield
         finally:
             parallel_state.destroy_model_parallel()
-            distributed.destroy_process_group()
+            if alone:
+                distributed.destroy_process_group()
             RouterReplay.clear_global_router_replay_instances()
 
 
@@ -120,7 +123,7 @@ def routers_of(built: torch.nn.Module) -> list[TopKRouter]:
     return [module for module in built.modules() if isinstance(module, TopKRouter)]
 
 
-def forward(built: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def forward(built: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """`[B, S, V]` logits, or with draft heads `[B, S]` losses; causal attention over whole rows."""
     rows, columns = input_ids.shape
     later = torch.ones(1, 1, columns, columns).triu(1).bool()
