@@ -1,1 +1,1 @@
-"""Replay in trainers, one module each. Importing this package imports none of them."""
+"""Replay in the trainers people use: one module for each, which imports its framework itself. See docs/trainers.md."""
