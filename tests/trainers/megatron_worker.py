@@ -72,7 +72,8 @@ def pipelined(plan: dict[str, Any]) -> dict[str, Any]:
     for number in range(virtual or 1):
         last = rank == 1 and number == (virtual or 1) - 1
         stage = {"vp_stage": number if virtual else None, "pre_process": rank == number == 0, "post_process": last}
-        built = mm.model("full", chunk=stage, recompute_num_layers=1, batch_p2p_comm=False, **plan)
+        settings = {"recompute_num_layers": 1, "batch_p2p_comm": False, "deallocate_pipeline_outputs": True}
+        built = mm.model("full", chunk=stage, **settings, **plan)
         models.append(with_weights_by_name(built))
     chosen: list[tuple[int, torch.Tensor]] = []
     with megatron.attach(models) as replayer:

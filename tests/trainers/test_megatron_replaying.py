@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("megatron.core")
 
 import megatron_models as mm
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 from moetrace.errors import (
@@ -185,8 +186,25 @@ def test_a_live_forward_is_recomputed_live() -> None:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-8)
 
 
+def test_a_wrapped_model_in_bfloat16() -> None:
+    # The module that is called is a wrapper, and its output is not the chunk's own tensor.
+    inner = mm.model("full", bf16=True, params_dtype=torch.bfloat16)
+    model, (tokens, routes) = Float16Module(inner.config, inner), batch()
+    rows, columns = tokens.shape
+    with megatron.attach(model) as replayer, mm.watched(model) as maps:
+        with replayer.microbatch(routes, on_shift="ignore"):
+            later = torch.ones(1, 1, columns, columns).triu(1).bool()
+            output = model(tokens, torch.arange(columns).expand(rows, columns), later)
+        (output / 0.7).square().mean().backward()
+    assert len(maps) == 2 * len(mm.LAYERS)
+    for layer in range(len(mm.LAYERS)):
+        assert torch.equal(maps[layer][:-2], mm.one_hot(ids_of(routes, layer, 2))[:-2])
+    again = {map_NE.numpy().tobytes() for map_NE in maps[len(mm.LAYERS) :]}
+    assert again == {map_NE.numpy().tobytes() for map_NE in maps[: len(mm.LAYERS)]}
+
+
 def test_draft_heads_stay_live_and_keep_their_own_router() -> None:
-    model, (tokens, routes) = mm.model("full", mtp_num_layers=1, recompute_num_layers=1), batch()
+    model, (tokens, routes) = mm.model("moe", mtp_num_layers=1), batch()
     own = [router.router_replay for router in mm.routers_of(model)]
     with megatron.attach(model) as replayer, mm.watched(model) as maps:
         assert replayer.layers == mm.LAYERS
@@ -329,6 +347,7 @@ def test_misuse_is_refused() -> None:
                 rotary_pos_emb=model.rotary_pos_emb(12),
             )
             late = mm.forward(model, tokens)
+            mm.forward(model, tokens).sum().backward()
         with pytest.raises(ReplayError, match="cannot be told"):
             beside.sum().backward()
     with pytest.raises(ReplayError, match="detached before"):
