@@ -140,7 +140,7 @@ def replay(
             fix="Call the very model given to replay, not a copy of it.",
         )
     if on_shift != "ignore":
-        _judge_shift(session.stats(), on_shift)
+        judge_shift(session.stats(), on_shift)
 
 
 def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
@@ -167,7 +167,7 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
         )
 
 
-def _judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
+def judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
     if not stats.shifted:
         return
     alarm = ShiftedRoutesError(
