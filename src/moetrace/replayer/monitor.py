@@ -9,55 +9,15 @@ Axes: L MoE layers, N tokens of the batch, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from moetrace.replayer.align import AlignedRoutes, TokenMode
+from moetrace.replayer.counts import ReplayCounts
 
-SHIFT_MARGIN = 0.05
-"""Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
-SHIFT_MIN_ROWS = 32
-"""Fewer neighbouring rows than this prove nothing."""
 _MAX_PAIRS = 1 << 26
 """Pairs of expert ids compared at once: what bounds the memory of counting."""
 
-_HITS, _SAME, _PAIRS, _GIVEN_LATER, _EARLIER, _GIVEN_EARLIER, _LATER = range(7)
-
-
-@dataclass(frozen=True)
-class ReplayStats:
-    """What a replay did, pooled over its forwards (recomputations do not count).
-
-    Attributes:
-        forwards: forward passes seen.
-        replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward.
-        overlap: mean share of the K live choices that the replayed row has too, 0..1; NaN when nothing was replayed.
-        router_mismatch: share of (token, layer) pairs where the live router would have chosen another set.
-        token_mismatch: share of replayed tokens where it would have in at least one layer.
-        overlap_per_layer: `overlap` of each MoE layer.
-        neighbour_rows: adjacent rows on which the two shifts were judged.
-        shift_gain: largest gain in overlap from replaying row t - 1 ("earlier") or t + 1 ("later") at token t;
-            negative when the given rows fit best.
-        best_shift: "earlier" or "later".
-    """
-
-    forwards: int
-    replayed_tokens: int
-    live_tokens: int
-    padding_tokens: int
-    overlap: float
-    router_mismatch: float
-    token_mismatch: float
-    overlap_per_layer: tuple[float, ...]
-    neighbour_rows: int
-    shift_gain: float
-    best_shift: str
-
-    @property
-    def shifted(self) -> bool:
-        """True when the routes fit the live router better shifted by one token than as given."""
-        return self.neighbour_rows >= SHIFT_MIN_ROWS and self.shift_gain > SHIFT_MARGIN
+_HITS, _SAME, _GIVEN_LATER, _EARLIER, _GIVEN_EARLIER, _LATER = range(6)
 
 
 class OverlapMonitor:
@@ -98,42 +58,38 @@ class OverlapMonitor:
         for first in range(0, len(layers), at_once):
             some = layers[first : first + at_once]
             live_LNK = torch.stack([self._live[layer].to(given_LNK.device) for layer in some])
-            counts_L7, differ_N = _compare(live_LNK, given_LNK[some], replayed_N, follows_N)
+            of_some_LNK = torch.stack([given_LNK[layer] for layer in some])  # given_LNK[some] would wait for the device
+            counts_L6, differ_N = _compare(live_LNK, of_some_LNK, replayed_N, follows_N)
             differs_N |= differ_N
-            for layer, counts in zip(some, counts_L7, strict=True):
+            for layer, counts in zip(some, counts_L6, strict=True):
                 self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
         self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
         self._live = {}
 
-    def stats(self) -> ReplayStats:
-        """Everything counted so far. Waits for the device."""
+    def counts(self) -> ReplayCounts:
+        """Everything counted so far. Waits for the device, once."""
         self._count()
-        routes, top_k = self._routes, self._routes.layout.top_k
-        replayed = routes.count(TokenMode.REPLAY)
-        counts = torch.stack([self._counts[layer].cpu() for layer in sorted(self._counts)] or [torch.zeros(7)])
-        total = counts.sum(0).tolist()
-        seen = self._forwards * replayed * len(self._counts)
-        pairs = max(total[_PAIRS] * top_k, 1)
-        gains = {
-            "earlier": (total[_EARLIER] - total[_GIVEN_LATER]) / pairs,
-            "later": (total[_LATER] - total[_GIVEN_EARLIER]) / pairs,
-        }
-        best = max(gains, key=lambda shift: gains[shift])
-        differs = 0 if self._differs_N is None else int(self._differs_N.sum())
-        return ReplayStats(
+        routes, layers = self._routes, range(self._routes.layout.num_layers)
+        nothing = torch.zeros(6, dtype=torch.int64)
+        differing = torch.zeros(6, dtype=torch.int64) if self._differs_N is None else self._differs_N.sum().expand(6)
+        rows = [differing, *(self._counts.get(layer, nothing) for layer in layers)]
+        (differing_tokens, *_), *counts_L6 = torch.stack([row.to(differing.device) for row in rows]).tolist()
+        total = [sum(column) for column in zip(*counts_L6, strict=True)]
+        replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())
+        return ReplayCounts(
+            top_k=routes.layout.top_k,
             forwards=self._forwards,
             replayed_tokens=replayed,
             live_tokens=routes.count(TokenMode.LIVE),
             padding_tokens=routes.count(TokenMode.PADDING),
-            overlap=_share(total[_HITS], seen * top_k),
-            router_mismatch=_share(seen - total[_SAME], seen),
-            token_mismatch=_share(differs, replayed if seen else 0),
-            overlap_per_layer=tuple(
-                _share(hits, self._forwards * replayed * top_k) for hits in counts[:, _HITS].tolist()
-            ),
-            neighbour_rows=int(total[_PAIRS]) // max(self._forwards * max(len(self._counts), 1), 1),
-            shift_gain=gains[best],
-            best_shift=best,
+            differing_tokens=differing_tokens,
+            neighbour_rows=neighbours,
+            compared_tokens=self._forwards * replayed,
+            compared_neighbours=self._forwards * neighbours,
+            same_routers=total[_SAME],
+            hits_L=tuple(counts[_HITS] for counts in counts_L6),
+            earlier_gain=total[_EARLIER] - total[_GIVEN_LATER],
+            later_gain=total[_LATER] - total[_GIVEN_EARLIER],
         )
 
     def _routes_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,15 +110,14 @@ class OverlapMonitor:
 def _compare(
     live_LNK: torch.Tensor, given_LNK: torch.Tensor, replayed_N: torch.Tensor, follows_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[L, 7]` counts, and `[N]` bool: tokens that differ in any of these layers."""
+    """`[L, 6]` counts, and `[N]` bool: tokens that differ in any of these layers."""
     hits_LN = _shared(live_LNK, given_LNK)
     same_LN = hits_LN == given_LNK.shape[2]
     pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence
-    counts_L7 = torch.stack(
+    counts_L6 = torch.stack(
         [
             (hits_LN * replayed_N).sum(1),
             (same_LN & replayed_N).sum(1),
-            pair.sum().expand(len(hits_LN)),
             (hits_LN[:, 1:] * pair).sum(1),
             (_shared(live_LNK[:, 1:], given_LNK[:, :-1]) * pair).sum(1),
             (hits_LN[:, :-1] * pair).sum(1),
@@ -170,12 +125,7 @@ def _compare(
         ],
         1,
     )
-    return counts_L7, (~same_LN & replayed_N).any(0)
-
-
-def _share(count: float, of: int) -> float:
-    """A share of nothing is not a number."""
-    return count / of if of else float("nan")
+    return counts_L6, (~same_LN & replayed_N).any(0)
 
 
 def _shared(a_LNK: torch.Tensor, b_LNK: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,12 @@ from torch import nn
 
 from moetrace.errors import ReplayError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
-from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of
+from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
 
 _CHECKPOINT_MODULE = "torch.utils.checkpoint"
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
+_CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
 _MARK = "_moetrace_tapped"
 
 
@@ -84,15 +85,15 @@ class ModelTap:
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
-                    fix="Pass the model itself each time, not its decoder or a wrapper of it.",
+                    fix="Pass the same model each time, not its decoder; a data-parallel wrapper counts as what it wraps.",
                 )
         for site, method in methods:
             self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
         model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
         for module in model.modules() if model is not None else ():
-            if callable(getattr(module, _CHECKPOINT_ATTRIBUTE, None)):
-                followed = self._followed(getattr(module, _CHECKPOINT_ATTRIBUTE))
-                self._replace(module, _CHECKPOINT_ATTRIBUTE, followed)
+            attribute = _checkpoint_attribute(module)
+            if attribute:
+                self._replace(module, attribute, self._followed(getattr(module, attribute)))
 
     def _uninstall(self) -> None:
         while self._undo:
@@ -180,6 +181,17 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _checkpoint_attribute(module: nn.Module) -> str | None:
+    """The attribute by which a module puts what it runs under an activation checkpoint.
+
+    transformers gives one to its layers. torch's `checkpoint_wrapper`, which accelerate and torchtitan use, has one too.
+    """
+    wrapper, attribute = _CHECKPOINT_WRAPPER
+    if any(kind.__name__ == wrapper for kind in type(module).__mro__):  # FSDP2 derives a class from it
+        return attribute
+    return _CHECKPOINT_ATTRIBUTE if callable(vars(module).get(_CHECKPOINT_ATTRIBUTE)) else None
+
+
 def _refuse_drawing(site: RouterSite) -> None:
     raise UnsupportedRouterError(
         f"router {site.name} ({type(site.module).__name__}) draws its experts at random in training mode",
@@ -195,15 +207,16 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
         if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
-                expected="model.gradient_checkpointing_enable(...), called before the replay began",
+                expected="model.gradient_checkpointing_enable(...) or torch's checkpoint_wrapper, before the replay began",
                 got="torch.utils.checkpoint applied by other means",
-                fix="Its recomputation would use live routes; enable checkpointing through the model instead.",
+                fix="Its recomputation would use live routes; enable checkpointing in one of these ways instead.",
             )
         frame = frame.f_back  # type: ignore[assignment]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    # not by the name of the class: FSDP2 replaces it
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 _taps: weakref.WeakKeyDictionary[nn.Module, ModelTap] = weakref.WeakKeyDictionary()
@@ -222,6 +235,7 @@ def tap_model(model: nn.Module) -> ModelTap:
             expected="the eager model, with no compiled module in it",
             fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
         )
+    model = unwrapped(model)
     with _taps_lock:
         tap = _taps.get(model)
         if tap is None or not _is_current(tap, model):
