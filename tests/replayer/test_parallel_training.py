@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, random_routes, traces_of
+from families import build
 from ranks import run_two_ranks
 from training_worker import CASES, NAME, Case, load, load_lora, microbatches, train
-
-import moetrace
-from moetrace.replayer import ReplayCounts
 
 WORKER = Path(__file__).with_name("training_worker.py")
 CPU = torch.device("cpu")

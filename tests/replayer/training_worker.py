@@ -71,7 +71,7 @@ class Case:
 
 def load(checkpoint: Path, how: str, device: torch.device, **extra: Any) -> Any:
     """The model in float32, in training mode."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="grouped_mm", **extra
     )
     if how != "none":
@@ -84,7 +84,7 @@ def load_lora(checkpoint: Path, how: str, device: torch.device) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model, generator = load(checkpoint, how, device), torch.Generator().manual_seed(3)
-    targets = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    targets: Any = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
     wrapped: Any = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.0, **targets))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

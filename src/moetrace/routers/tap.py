@@ -85,7 +85,7 @@ class ModelTap:
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
-                    fix="Pass the same model each time, not its decoder; a data-parallel wrapper counts as what it wraps.",
+                    fix="Pass the same model each time, not its decoder; a data-parallel wrapper of it will do.",
                 )
         for site, method in methods:
             self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
@@ -184,7 +184,7 @@ def _in_backward() -> bool:
 def _checkpoint_attribute(module: nn.Module) -> str | None:
     """The attribute by which a module puts what it runs under an activation checkpoint.
 
-    transformers gives one to its layers. torch's `checkpoint_wrapper`, which accelerate and torchtitan use, has one too.
+    transformers gives its layers one. torch's `checkpoint_wrapper`, which accelerate and torchtitan use, has another.
     """
     wrapper, attribute = _CHECKPOINT_WRAPPER
     if any(kind.__name__ == wrapper for kind in type(module).__mro__):  # FSDP2 derives a class from it
@@ -207,7 +207,7 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
         if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
-                expected="model.gradient_checkpointing_enable(...) or torch's checkpoint_wrapper, before the replay began",
+                expected="model.gradient_checkpointing_enable(...) or checkpoint_wrapper, before the replay began",
                 got="torch.utils.checkpoint applied by other means",
                 fix="Its recomputation would use live routes; enable checkpointing in one of these ways instead.",
             )
