@@ -30,6 +30,8 @@ class ReplayStats:
         shift_gain: largest gain in overlap from replaying row t - 1 ("earlier") or t + 1 ("later") at token t;
             negative when the given rows fit best.
         best_shift: "earlier" or "later".
+        supplied: share of (token, layer) pairs with a row to replay whose router got it; below 1 with a margin only.
+        replaced: share of these pairs whose router got it and would have chosen another set: what the replay changed.
     """
 
     forwards: int
@@ -43,6 +45,13 @@ class ReplayStats:
     neighbour_rows: int
     shift_gain: float
     best_shift: str
+    supplied: float
+    replaced: float
+
+    @property
+    def coverage(self) -> float:
+        """Share of the tokens that are not padding that have a row to replay."""
+        return _share(self.replayed_tokens, self.replayed_tokens + self.live_tokens)
 
     @property
     def shifted(self) -> bool:
@@ -67,6 +76,8 @@ class ReplayCounts:
         earlier_gain: experts that the live choices of later neighbours share with the earlier row, minus those they
             share with their own, over all layers.
         later_gain: the same of earlier neighbours and the later row.
+        supplied_routers: (token, layer) pairs of all forwards whose router got the row.
+        replaced_routers: those of them whose live choice was another set.
     """
 
     top_k: int
@@ -82,6 +93,8 @@ class ReplayCounts:
     hits_L: tuple[int, ...]
     earlier_gain: int
     later_gain: int
+    supplied_routers: int
+    replaced_routers: int
 
     def __add__(self, other: ReplayCounts) -> ReplayCounts:
         """The counts of both.
@@ -121,6 +134,8 @@ class ReplayCounts:
             neighbour_rows=self.neighbour_rows if self.compared_neighbours else 0,
             shift_gain=gains[best],
             best_shift=best,
+            supplied=_share(self.supplied_routers, seen),
+            replaced=_share(self.replaced_routers, seen),
         )
 
 

@@ -186,10 +186,13 @@ def _checkpoint_attribute(module: nn.Module) -> str | None:
 
     transformers gives its layers one. torch's `checkpoint_wrapper`, which accelerate and torchtitan use, has another.
     """
+    own = vars(module)
+    if callable(own.get(_CHECKPOINT_ATTRIBUTE)):
+        return _CHECKPOINT_ATTRIBUTE
     wrapper, attribute = _CHECKPOINT_WRAPPER
-    if any(kind.__name__ == wrapper for kind in type(module).__mro__):  # FSDP2 derives a class from it
+    if attribute in own and any(kind.__name__ == wrapper for kind in type(module).__mro__):  # FSDP2 derives from it
         return attribute
-    return _CHECKPOINT_ATTRIBUTE if callable(vars(module).get(_CHECKPOINT_ATTRIBUTE)) else None
+    return None
 
 
 def _refuse_drawing(site: RouterSite) -> None:
@@ -245,7 +248,12 @@ def tap_model(model: nn.Module) -> ModelTap:
 
 def _is_current(tap: ModelTap, model: nn.Module) -> bool:
     """False once a router has been wrapped, replaced or removed."""
-    try:
-        return all(model.get_submodule(site.name) is site.module for site in tap.sites)
-    except AttributeError:
-        return False
+    return all(_submodule(model, site.name) is site.module for site in tap.sites)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """`get_submodule` by the module's own tables: a replay begins with one look at every router."""
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
