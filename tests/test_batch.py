@@ -195,7 +195,8 @@ def test_a_row_without_tokens_is_refused() -> None:
 def test_packed_sequences_padded_by_themselves_are_the_ones_between_their_boundaries(
     pieces: list[tuple[int, int, int]],
 ) -> None:
-    mask, bounds, expected = [], [0], []
+    mask: list[int] = []
+    bounds, expected = [0], []
     for before, length, after in pieces:
         expected.append((len(mask) + before, len(mask) + before + length))
         mask += [0] * before + [1] * length + [0] * after

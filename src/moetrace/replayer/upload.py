@@ -12,6 +12,8 @@ import torch
 
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 
+_ID_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 
 class UploadedRoutes(NamedTuple):
     """Views of one buffer on a device.
@@ -52,9 +54,8 @@ class RoutesUpload:
         host[ids : ids + tokens] = routes.mode_N == TokenMode.REPLAY
         host[ids + tokens :] = routes.follows_N
         blob = blob.to(device, non_blocking=True)
-        id_type = torch.from_numpy(experts_LNK[:0]).dtype
         return UploadedRoutes(
-            blob[:ids].view(id_type).view(experts_LNK.shape),
+            blob[:ids].view(_ID_TYPES[experts_LNK.itemsize]).view(experts_LNK.shape),
             blob[ids : ids + tokens].view(torch.bool),
             blob[ids + tokens :].view(torch.bool),
         )
