@@ -41,6 +41,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import moetrace
 from moetrace.replayer import session as sessions
 from moetrace.replayer.monitor import OverlapMonitor
+from moetrace.replayer.upload import RoutesUpload
+from moetrace.routers import ModelTap
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
@@ -217,8 +219,11 @@ def count_kernels(step: Callable[[], None]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"kernels": len(events), "ms": round(sum(event.device_time for event in events) / 1e3, 2)}
+    events = profile.key_averages()
+    return {
+        "kernels": sum(event.count for event in events),
+        "ms": round(sum(event.device_time_total for event in events) / 1e3, 2),
+    }
 
 
 def parts(step: Callable[[], None]) -> dict[str, float]:
@@ -226,7 +231,9 @@ def parts(step: Callable[[], None]) -> dict[str, float]:
     spent: dict[str, float] = {}
     watched = {
         "align": (sessions, "align"),
-        "upload": (sessions.ReplaySession, "_on"),
+        "find the taps": (sessions, "tap_model"),
+        "prepare them": (ModelTap, "_prepare"),
+        "upload": (RoutesUpload, "on"),
         "select": (sessions.ReplaySession, "on_selection"),
         "count": (OverlapMonitor, "_count"),
         "alarm": (OverlapMonitor, "counts"),

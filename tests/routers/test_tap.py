@@ -307,14 +307,14 @@ def with_a_compiled_layer(model: Any) -> Any:
 
 def with_a_compiled_layer_sharded(model: Any) -> Any:
     """As `fully_shard` does it: the class of what it shards is replaced by one of another name."""
-    layer = torch.compile(model.model.layers[1])
+    layer: Any = torch.compile(model.model.layers[1])
     layer.__class__ = type("FSDPOptimizedModule", (type(layer),), {})
     model.model.layers[1] = layer
     return model
 
 
 def within_a_wrapper(model: Any) -> Any:
-    wrapper = torch.nn.Module()
+    wrapper: Any = torch.nn.Module()
     wrapper.module = torch.compile(model)
     return wrapper
 

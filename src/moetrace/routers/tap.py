@@ -29,6 +29,7 @@ _CHECKPOINT_MODULE = "torch.utils.checkpoint"
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
 _CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
 _MARK = "_moetrace_tapped"
+_ABSENT = object()
 
 
 class ModelTap:
@@ -43,7 +44,7 @@ class ModelTap:
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._users = 0
-        self._undo: list[Callable[[], None]] = []
+        self._shadows: list[_Shadow] = []
         self._thread = _ThreadState()
 
     @property
@@ -58,11 +59,19 @@ class ModelTap:
         return any(traits_of(site.module).in_turn for site in self.sites)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Keep the taps in the model's routers for the length of the context."""
+    def installed(self, *, again: bool = False) -> Iterator[None]:
+        """Keep the taps in the model's routers for the length of the context.
+
+        Args:
+            again: put back what the last one put there, if nobody has touched it since, without a look at every module:
+                a backward after the `with` block installs once for each checkpointed layer.
+        """
         with self._lock:
             if self._users == 0:
-                self._install()
+                if not (again and self._shadows and all(shadow.fits() for shadow in self._shadows)):
+                    self._prepare()
+                for shadow in self._shadows:
+                    shadow.put()
             self._users += 1
         try:
             yield
@@ -70,7 +79,8 @@ class ModelTap:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    self._uninstall()
+                    for shadow in reversed(self._shadows):
+                        shadow.remove()
 
     @contextmanager
     def active(self, *sessions: RoutingSession) -> Iterator[None]:
@@ -78,7 +88,8 @@ class ModelTap:
         with self.installed(), self._thread.using(self._thread.sessions + sessions, self._thread.recompute, False):
             yield
 
-    def _install(self) -> None:
+    def _prepare(self) -> None:
+        """Find what is to be replaced, in the model as it is now."""
         methods = [(site, traits_of(site.module).method) for site in self.sites]
         for site, method in methods:
             if hasattr(vars(site.module).get(method), _MARK):
@@ -87,30 +98,14 @@ class ModelTap:
                     expected="one and the same object in every record and replay that overlaps",
                     fix="Pass the same model each time, not its decoder; a data-parallel wrapper of it will do.",
                 )
-        for site, method in methods:
-            self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
+        self._shadows = [
+            _Shadow(site.module, method, self._tapped(site, getattr(site.module, method))) for site, method in methods
+        ]
         model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
         for module in model.modules() if model is not None else ():
             attribute = _checkpoint_attribute(module)
             if attribute:
-                self._replace(module, attribute, self._followed(getattr(module, attribute)))
-
-    def _uninstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _replace(self, module: nn.Module, name: str, value: Callable) -> None:
-        """Shadow an attribute on one instance; remembered so that detaching restores what was there."""
-        had_own, before = name in vars(module), vars(module).get(name)
-
-        def undo() -> None:
-            if had_own:
-                setattr(module, name, before)
-            else:
-                delattr(module, name)
-
-        setattr(module, name, value)
-        self._undo.append(undo)
+                self._shadows.append(_Shadow(module, attribute, self._followed(getattr(module, attribute))))
 
     def _tapped(self, site: RouterSite, forward: Callable) -> Callable:
         traits = traits_of(site.module)
@@ -151,12 +146,43 @@ class ModelTap:
             def follow(*inner_args: Any, **inner_kwargs: Any) -> Any:
                 nonlocal passes
                 passes += 1
-                with self.installed(), self._thread.using(sessions, passes > 1, True):
+                with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
                     return function(*inner_args, **inner_kwargs)
 
             return checkpoint(follow, *args, **kwargs)
 
         return checkpoint_with_sessions
+
+
+class _Shadow:
+    """An attribute of one module that is replaced for a while, and then is what it was.
+
+    It goes by the module's own dictionary: the setters of `nn.Module` would cost more than the rest of a replay.
+    """
+
+    def __init__(self, module: nn.Module, name: str, value: Callable) -> None:
+        self._module = weakref.ref(module)  # a tap that is kept must not keep its model
+        self._name, self._value = name, value
+        self._before = vars(module).get(name, _ABSENT)
+
+    def fits(self) -> bool:
+        """Whether the attribute is what it was before."""
+        module = self._module()
+        return module is not None and vars(module).get(self._name, _ABSENT) is self._before
+
+    def put(self) -> None:
+        module = self._module()
+        if module is not None:
+            vars(module)[self._name] = self._value
+
+    def remove(self) -> None:
+        module = self._module()
+        if module is None:
+            return
+        if self._before is _ABSENT:
+            vars(module).pop(self._name, None)
+        else:
+            vars(module)[self._name] = self._before
 
 
 class _ThreadState(threading.local):
