@@ -62,6 +62,8 @@ class BatchLoop:
         self.join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
         self.join(self._cache, "free_blocks", self._free)
         self.join(self._offloading, "offload_requests", self._preempt)
+        if self.device.type == "cuda" and not self._processor.use_async_batching:
+            self.join(self._processor, "_generation_step", self._after_inputs)
 
     @property
     def device(self) -> torch.device:
@@ -255,6 +257,13 @@ class BatchLoop:
             for index, (was, now) in enumerate(zip(before, table, strict=True)):
                 if was != now:
                     self._listener.replaced(state.request_id, index, was)
+
+    def _after_inputs(self, own: Callable[..., None], model: nn.Module) -> None:
+        """Without asynchronous batching a step's inputs are written on the thread's current stream and read on the
+        compute stream, and neither waits: under load a step would compute the tokens of the step before it again."""
+        inputs_written = torch.cuda.current_stream(self.device)
+        self._processor.inputs_and_outputs.compute_stream.wait_stream(inputs_written)
+        own(model)
 
     def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
         assert self._listener is not None
