@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from moetrace.errors import ReplayError
-from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.counts import ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.routes import TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trainers.megatron.routers import LocalRouter
@@ -46,7 +47,7 @@ class Microbatch:
         """How the live routers of this rank agreed with the routes; None where it has no MoE layer. Waits for the
         device.
         """
-        return self._monitor.stats() if self._rows else None
+        return self._monitor.counts().stats() if self._rows else None
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         assert self._rows is not None, "only routers that rows were made for have a port"
