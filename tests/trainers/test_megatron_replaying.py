@@ -336,6 +336,11 @@ def test_misuse_is_refused() -> None:
             with pytest.raises(ReplayError, match="cannot begin"), replayer.microbatch(routes):
                 pass
             mm.forward(model, tokens)
+        (own, *_) = RouterReplay.global_router_replay_instances[-len(mm.LAYERS) :]
+        own.set_router_replay_action(RouterReplayAction.RECORD)
+        with pytest.raises(RouterError, match="somebody else"):
+            mm.forward(model, tokens)  # it would record nothing
+        own.clear_router_replay_action()
         with replayer.record():
             mm.forward(model, tokens)
             with pytest.raises(RouterError, match="ran twice"):
