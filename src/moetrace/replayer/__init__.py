@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moetrace.replayer.align import align
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 
 _NEED_TORCH = {
     "ReplaySession": "moetrace.replayer.session",
-    "ReplayStats": "moetrace.replayer.monitor",
     "RouterShift": "moetrace.replayer.drift",
     "replay": "moetrace.replayer.session",
     "router_scores": "moetrace.replayer.drift",
@@ -23,6 +23,7 @@ _NEED_TORCH = {
 
 __all__ = [
     "AlignedRoutes",
+    "ReplayCounts",
     "ReplayPolicy",
     "ReplaySession",
     "ReplayStats",
@@ -45,6 +46,5 @@ if TYPE_CHECKING:
     from moetrace.replayer.drift import RouterShift as RouterShift
     from moetrace.replayer.drift import router_scores as router_scores
     from moetrace.replayer.drift import router_shift as router_shift
-    from moetrace.replayer.monitor import ReplayStats as ReplayStats
     from moetrace.replayer.session import ReplaySession as ReplaySession
     from moetrace.replayer.session import replay as replay

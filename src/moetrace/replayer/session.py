@@ -8,14 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
 from moetrace.replayer.align import Missing, align
-from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.replayer.upload import RoutesUpload
@@ -65,9 +69,24 @@ class ReplaySession(RoutingSession):
         """How many forward passes were replayed so far."""
         return self._monitor.forwards
 
-    def stats(self) -> ReplayStats:
-        """How the live router agreed with the replayed routes so far. Waits for the device."""
-        return self._monitor.stats()
+    def counts(self) -> ReplayCounts:
+        """What was counted so far, as whole numbers that add up over sessions. Waits for the device."""
+        return self._monitor.counts()
+
+    def stats(self, group: dist.ProcessGroup | None = None) -> ReplayStats:
+        """How the live router agreed with the replayed routes so far. Waits for the device.
+
+        Args:
+            group: pool the counts of these ranks, exactly; all of them must call. Ranks that share a batch
+                (tensor parallelism) count it once each, so pass the data-parallel group; or
+                `torch.distributed.group.WORLD`. None: this rank alone.
+        """
+        counts = self.counts()
+        if group is not None:
+            of_ranks: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(of_ranks, counts, group=group)
+            counts = reduce(add, of_ranks)
+        return counts.stats()
 
 
 @contextmanager
@@ -91,7 +110,7 @@ def replay(
     Backward passes (with activation checkpointing enabled on the model) may run inside the context or after it.
 
     Args:
-        model: a transformers MoE model, not compiled.
+        model: a transformers MoE model, not compiled; as it is, or inside DistributedDataParallel and the like.
         traces: one for each sequence of the batch in memory order, or routes that `align` made.
         input_ids: `[B, S]` token ids of the batch (CPU tensors spare a wait for the GPU).
         attention_mask, position_ids, cu_seqlens: how sequences lie in it, see `moetrace.batch.segments_of`.
@@ -137,7 +156,7 @@ def replay(
         raise ReplayError(
             "nothing was replayed: the model did not run inside the context",
             expected=f"a forward of this {type(model).__name__} on this thread",
-            fix="Call the very model given to replay, not a copy of it.",
+            fix="Call the very model given to replay, or its data-parallel wrapper, not a copy of it.",
         )
     if on_shift != "ignore":
         judge_shift(session.stats(), on_shift)
