@@ -185,7 +185,7 @@ class Replayer:
         task = self._running
         if task is not None:
             task.forwards += 1
-            if unasked := [port.layer_number - 1 for port in ports if port.asked != 1]:
+            if unasked := [port.router.layer for port in ports if port.asked != 1]:
                 raise ReplayError(
                     f"the routers of layers {unasked} did not choose exactly once in a forward",
                     expected="each router asks for its top-k once",
