@@ -165,7 +165,7 @@ def test_on_a_gpu_no_selection_waits_and_one_pinned_copy_is_made(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    model = build(name, experts="grouped_mm", dtype=torch.bfloat16).cuda()
+    model = build(name, dtype=torch.bfloat16).cuda()
     with around(monkeypatch, ReplaySession, refusing):
         session = run(model, name, POLICIES[policy], "cuda")
     assert session.stats().forwards == 2

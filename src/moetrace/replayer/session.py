@@ -159,7 +159,7 @@ def replay(
             fix="Call the very model given to replay, or its data-parallel wrapper, not a copy of it.",
         )
     if on_shift != "ignore":
-        _judge_shift(session.stats(), on_shift)
+        judge_shift(session.stats(), on_shift)
 
 
 def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
@@ -186,7 +186,7 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
         )
 
 
-def _judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
+def judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
     if not stats.shifted:
         return
     alarm = ShiftedRoutesError(
