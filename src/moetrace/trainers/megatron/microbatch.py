@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from moetrace.errors import ReplayError
-from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.counts import ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.routes import TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trainers.megatron.routers import LocalRouter
