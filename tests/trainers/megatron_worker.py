@@ -84,6 +84,7 @@ def pipelined(plan: dict[str, Any]) -> dict[str, Any]:
                 output = mm.forward(model, tokens)
             counts = replaying.counts()
             assert len(counts.hits_L if counts else ()) == len(maps), "each chunk counts its own layers"
+            assert counts is None or counts.supplied_routers == len(maps) * ROWS * (COLUMNS - 1)
             chosen.extend(zip(layers_of(model), maps, strict=True))
             return output, lambda out: (out.square().mean(), {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -341,6 +342,47 @@ def test_rows_that_are_none_are_refused_before_the_forward(bend: object, message
         pass
 
 
+def decoder_alone(model: Any) -> torch.Tensor:
+    hidden_SBH, later = torch.randn(12, 2, 32, requires_grad=True), torch.ones(1, 1, 12, 12).triu(1).bool()
+    return model.decoder(hidden_SBH, later, rotary_pos_emb=model.rotary_pos_emb(12))
+
+
+def test_chunks_of_one_rank_each_have_a_context() -> None:
+    tokens, _ = batch()
+    chunks = [mm.model(), mm.model()]
+    for router in mm.routers_of(chunks[1]):
+        router.layer_number += 3
+    wide = MoeLayout((1, 2, 3, 4, 5, 6), mm.EXPERTS, mm.TOP_K)
+    rows = tokens.numpy()
+    routes = align([mm.trace_of(row, number, wide) for number, row in enumerate(rows)], rows)
+    with megatron.attach(chunks) as replayer:
+        assert replayer.layers == wide.layers
+        for number, chunk in enumerate(chunks):
+            with mm.watched(chunk) as maps, replayer.microbatch(routes) as microbatch:
+                mm.forward(chunk, tokens)
+            for layer, seen_NE in enumerate(maps):
+                assert torch.equal(seen_NE[:-2], mm.one_hot(ids_of(routes, 3 * number + layer, 2))[:-2])
+            stats = microbatch.stats()
+            assert stats is not None
+            assert len(stats.overlap_per_layer) == 3
+            assert stats.supplied == 1
+        with replayer.microbatch(routes):
+            mm.forward(chunks[0], tokens)
+            with pytest.raises(ReplayError, match="two chunks"):
+                mm.forward(chunks[1], tokens)
+        with replayer.record() as recording:
+            mm.forward(chunks[0], tokens)
+        with pytest.raises(RouterError, match=r"no row of layers \[4, 5, 6\]"):
+            _ = recording.routes
+        with replayer.record(recording):
+            mm.forward(chunks[1], tokens)
+        with replayer.microbatch(recording.routes) as microbatch:
+            mm.forward(chunks[1], tokens)
+        stats = microbatch.stats()
+        assert stats is not None
+        assert stats.overlap == 1
+
+
 def test_misuse_is_refused() -> None:
     model, (tokens, routes) = mm.model("full"), batch()
     with megatron.attach(model) as replayer:
@@ -364,12 +406,10 @@ def test_misuse_is_refused() -> None:
             with pytest.raises(RouterError, match="ran twice"):
                 mm.forward(model, tokens)
         with replayer.microbatch(routes):
-            beside = model.decoder(
-                torch.randn(12, 2, 32, requires_grad=True),
-                torch.ones(1, 1, 12, 12).triu(1).bool(),
-                rotary_pos_emb=model.rotary_pos_emb(12),
-            )
+            with pytest.raises(ReplayError, match="outside of its chunk"):
+                decoder_alone(model)
             late = mm.forward(model, tokens)
+            beside = decoder_alone(model)
             mm.forward(model, tokens).sum().backward()
         with pytest.raises(ReplayError, match="cannot be told"):
             beside.sum().backward()

@@ -6,6 +6,7 @@ Routers see tokens in the order `[S, B]`, everything else has them in the batch'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from moetrace.errors import ReplayError
 from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
+from moetrace.replayer.ranks import pipeline
 from moetrace.replayer.routes import TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trainers.megatron.routers import LocalRouter
@@ -24,38 +26,66 @@ class Task(Protocol):
 
     forwards: int
 
+    def begin(self, routers: Sequence[LocalRouter]) -> None:
+        """A chunk with these routers is about to run."""
+
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         """The ids that a router is to use; `again` in a recomputation."""
 
 
 class Microbatch:
-    """The routes of one microbatch: of its forward, and of whatever its backward recomputes.
+    """The routes of one microbatch for one chunk: of its forward, and of whatever its backward recomputes.
 
     Attributes:
-        forwards: forwards of chunks that ran in it.
+        forwards: forwards of the chunk that ran in it.
     """
 
     def __init__(self, rows: RankRows | None) -> None:
         self.forwards = 0
-        self._rows = rows
-        if rows is not None:
-            self._upload = RoutesUpload(rows.batch)
-            self._monitor = OverlapMonitor(rows.batch, self._upload)
-            self._live_somewhere = rows.batch.count(TokenMode.REPLAY) < rows.batch.num_tokens
+        self._of_rank = rows
+        self._rows: RankRows | None = None
+        self._layers: tuple[int, ...] | None = None
+
+    def begin(self, routers: Sequence[LocalRouter]) -> None:
+        """Upload and count for the chunk that runs."""
+        layers = tuple(router.layer for router in routers)
+        if self._layers is not None and self._layers != layers:
+            raise ReplayError(
+                "two chunks run in one microbatch context",
+                expected=f"the chunk with MoE layers {list(self._layers)}",
+                got=f"that with {list(layers)}",
+                fix="Open a context around the call of each chunk, with the same routes.",
+            )
+        if (
+            self._layers is None
+            and self._of_rank is not None
+            and (batch := pipeline(self._of_rank.batch, layers or [-1]))
+        ):
+            self._rows = RankRows(batch)
+            self._upload = RoutesUpload(batch)
+            self._monitor = OverlapMonitor(batch, self._upload)
+            self._live_somewhere = batch.count(TokenMode.REPLAY) < batch.num_tokens
+        self._layers = layers
 
     def counts(self) -> ReplayCounts | None:
-        """What was counted so far on this rank, as whole numbers that add up over microbatches, and over ranks with the
-        same layers; None where it has no MoE layer. Waits for the device.
+        """What was counted so far in this chunk; None where it does not route. Waits for the device.
+
+        Whole numbers that add up over microbatches, and over ranks with the same layers.
         """
-        return self._monitor.counts() if self._rows else None
+        return self._monitor.counts() if self._rows and self._monitor.forwards else None
 
     def stats(self) -> ReplayStats | None:
-        """How the live routers of this rank agreed with the routes: `counts` as shares. Waits for the device."""
+        """How the live routers of this chunk agreed with the routes: `counts` as shares. Waits for the device."""
         counts = self.counts()
         return counts.stats() if counts else None
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
-        assert self._rows is not None, "only routers that rows were made for have a port"
+        if self._rows is None or router.layer not in self._rows.places:
+            raise ReplayError(
+                f"router {router.name} runs outside of its chunk's forward",
+                expected="a call of what was given to attach",
+                fix="Call the chunk, not a part of it; or attach what you call.",
+            )
         tokens, top_k = self._rows.batch.num_tokens, self._rows.batch.layout.top_k
         if len(scores_NE) != tokens:
             raise ReplayError(

@@ -5,6 +5,7 @@ Axes: L MoE layers on this rank, N tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import megatron.core
@@ -26,6 +27,9 @@ class Recording:
         self.forwards = 0
         self._routers = routers
         self._ids: dict[int, torch.Tensor] = {}
+
+    def begin(self, routers: Sequence[LocalRouter]) -> None:
+        """Nothing to prepare."""
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         """Keep what the router chose, best first; called by its port."""

@@ -180,6 +180,8 @@ class Replayer:
         for port in ports:
             _require_idle(port.router, port.replaced)
             port.asked = 0
+        if self._running is not None:
+            self._running.begin([port.router for port in ports])
 
     def _after_forward(self, ports: Sequence[_Port], module: nn.Module, args: Any, output: Any) -> None:
         task = self._running
