@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from moetrace.errors import LayoutMismatchError
-from moetrace.layout import MoeLayout
 
 SHIFT_MARGIN = 0.05
 """Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
@@ -65,7 +64,7 @@ class ReplayCounts:
     """Counts from which `ReplayStats` follow; add those of several batches, or of several ranks, to pool them.
 
     Attributes:
-        layout: the layers that were counted.
+        top_k: K.
         forwards: forward passes.
         replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward of each batch.
         differing_tokens: replayed tokens of a batch whose live choice was another set in some layer of some forward.
@@ -81,7 +80,7 @@ class ReplayCounts:
         replaced_routers: those of them whose live choice was another set.
     """
 
-    layout: MoeLayout
+    top_k: int
     forwards: int
     replayed_tokens: int
     live_tokens: int
@@ -101,27 +100,26 @@ class ReplayCounts:
         """The counts of both.
 
         Raises:
-            LayoutMismatchError: they are of other layers, or of other numbers of experts.
+            LayoutMismatchError: they are of other numbers of layers or experts per token.
         """
-        if self.layout != other.layout:
+        if (self.top_k, len(self.hits_L)) != (other.top_k, len(other.hits_L)):
             raise LayoutMismatchError(
-                "counts of different layers do not add up",
-                expected=self.layout,
-                got=other.layout,
+                "counts of different models do not add up",
+                expected=f"{len(self.hits_L)} layers, top_k={self.top_k}",
+                got=f"{len(other.hits_L)} layers, top_k={other.top_k}",
                 fix="Pool over batches, and over ranks that hold the same layers.",
             )
-        names = [field.name for field in fields(self) if field.name not in ("layout", "hits_L")]
+        names = [field.name for field in fields(self) if field.name not in ("top_k", "hits_L")]
         return ReplayCounts(
-            layout=self.layout,
+            top_k=self.top_k,
             hits_L=tuple(mine + theirs for mine, theirs in zip(self.hits_L, other.hits_L, strict=True)),
             **{name: getattr(self, name) + getattr(other, name) for name in names},
         )
 
     def stats(self) -> ReplayStats:
         """The shares that follow. Those of a sum are exact: no mean of means."""
-        top_k, num_layers = self.layout.top_k, self.layout.num_layers
-        seen = self.compared_tokens * num_layers
-        pairs = max(self.compared_neighbours * num_layers * top_k, 1)
+        seen = self.compared_tokens * len(self.hits_L)
+        pairs = max(self.compared_neighbours * len(self.hits_L) * self.top_k, 1)
         gains = {"earlier": self.earlier_gain / pairs, "later": self.later_gain / pairs}
         best = max(gains, key=lambda shift: gains[shift])
         return ReplayStats(
@@ -129,10 +127,10 @@ class ReplayCounts:
             replayed_tokens=self.replayed_tokens,
             live_tokens=self.live_tokens,
             padding_tokens=self.padding_tokens,
-            overlap=_share(sum(self.hits_L), seen * top_k),
+            overlap=_share(sum(self.hits_L), seen * self.top_k),
             router_mismatch=_share(seen - self.same_routers, seen),
             token_mismatch=_share(self.differing_tokens, self.replayed_tokens if seen else 0),
-            overlap_per_layer=tuple(_share(hits, self.compared_tokens * top_k) for hits in self.hits_L),
+            overlap_per_layer=tuple(_share(hits, self.compared_tokens * self.top_k) for hits in self.hits_L),
             neighbour_rows=self.neighbour_rows if self.compared_neighbours else 0,
             shift_gain=gains[best],
             best_shift=best,

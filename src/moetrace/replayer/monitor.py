@@ -86,7 +86,7 @@ class OverlapMonitor:
         total = [sum(column) for column in zip(*counts_L8, strict=True)]
         replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())
         return ReplayCounts(
-            layout=routes.layout,
+            top_k=routes.layout.top_k,
             forwards=self._forwards,
             replayed_tokens=replayed,
             live_tokens=routes.count(TokenMode.LIVE),
