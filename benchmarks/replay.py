@@ -68,7 +68,7 @@ def main() -> int:
     record = {
         "command": shlex.join(["python", "benchmarks/replay.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if on_gpu(args) else platform.processor(),
+        "hardware": torch.cuda.get_device_name() if on_gpu(args) else platform.processor() or platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": str(model.dtype),
         "attention": model.config._attn_implementation,
