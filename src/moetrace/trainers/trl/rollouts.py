@@ -51,7 +51,7 @@ class Rollout:
             )
         tokens = [*prompt, *output]
         trace.require_tokens(tokens, "the generated sequence")
-        if trace.num_tokens != len(tokens) or logprobs is not None and len(logprobs) != len(output):
+        if trace.num_tokens != len(tokens) or (logprobs is not None and len(logprobs) != len(output)):
             raise ReplayError(
                 "the routes and log-probabilities are not of the generated sequence",
                 expected=f"{len(tokens)} tokens, {len(output)} log-probabilities",

@@ -20,8 +20,8 @@ class ServerRollout:
 
     Args:
         client: of the server.
-        weights: folder to write checkpoints to, one over the other. None: the server's weights never change, which makes
-            training off-policy from its first step on.
+        weights: folder to write checkpoints to, one over the other. None: the server's weights never change, and
+            training is off-policy from its second step on.
     """
 
     def __init__(self, client: Client, weights: str | Path | None) -> None:

@@ -1,7 +1,7 @@
 """Where routes come from: each way in which TRL generates, watched for the length of one turn.
 
-Every source is a context manager over a trainer. It yields a function that is called after the turn with the prompts and
-outputs of this process, and returns a trace and, where TRL does not keep them itself, log-probabilities for each.
+Every source is a context manager over a trainer. It yields a function that is called after the turn with the prompts
+and outputs of this process, and returns a trace and, where TRL does not keep them itself, log-probabilities for each.
 """
 
 from __future__ import annotations

@@ -95,8 +95,6 @@ class RoutingReplay:
         self._rollouts = Rollouts()
         output = super()._generate(prompts)
         self._replayed = self._rollouts.sequences
-        if len(self._replayed) != len(prompts):
-            raise ReplayError("not every completion has routes", expected=len(prompts), got=len(self._replayed))
         return output
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +114,8 @@ class RoutingReplay:
             output = super()._generate_and_score_completions(inputs)
             assert self._replayed is not None
             rollouts = output[BATCH_KEY] = list(self._replayed)
+            if len(rollouts) != len(output["prompt_ids"]):
+                raise ReplayError("not every sequence has routes", expected=len(inputs), got=len(rollouts))
             self._log(shares(self.accelerator, {"coverage": coverage_of(rollouts)}))
             every = self.replay_config.compare_every
             if self.model.training and every:
@@ -159,9 +159,7 @@ class RoutingReplay:
         return tuple(_joined(values) for values in zip(*parts, strict=True))
 
     @contextmanager
-    def _replaying(
-        self, rollouts: Sequence[Rollout], ids: torch.Tensor, mask: torch.Tensor
-    ) -> Iterator[ReplaySession]:
+    def _replaying(self, rollouts: Sequence[Rollout], ids: torch.Tensor, mask: torch.Tensor) -> Iterator[ReplaySession]:
         config = self.replay_config
         traces = [rollout.trace for rollout in rollouts]
         options = {"attention_mask": mask, "missing": config.missing, "on_shift": config.on_shift}
