@@ -1,8 +1,8 @@
 """A stand-in of vLLM, as TRL uses it: the real one does not run on the machines of the tests.
 
-Tokens and routes are those of a dye checkpoint. Requests and answers have vLLM's documented form: completions know their
-token ids, their log-probabilities by token id, and `routed_experts`, uint8 `[T, D, K]` over all decoder layers, of which
-the dense ones hold what means nothing; over HTTP that is the base64 of a `.npy` file.
+Tokens and routes are those of a dye checkpoint. Requests and answers have vLLM's documented form: completions know
+their token ids, their log-probabilities by token id, and `routed_experts`, uint8 `[T, D, K]` over all decoder layers,
+of which the dense ones hold what means nothing; over HTTP that is the base64 of a `.npy` file.
 
 Axes: T = P + O - 1 rows of a sequence, D decoder layers, K experts per token.
 """

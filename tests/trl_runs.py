@@ -40,7 +40,7 @@ def small_model(folder: Path) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM.from_pretrained(folder / "model", experts_implementation="eager")
 
 
-def trainer_of(folder: Path, model: Any = None, *, replay: Any = None, more: Any = None, **config: Any) -> GRPOTrainer:
+def trainer_of(folder: Path, model: Any = None, *, replay: Any = None, more: Any = None, **config: Any) -> Any:
     """A trainer of the small model, or of another with bytes as tokens. `config` is TRL's, `more` the trainer's own."""
     values: dict[str, Any] = {
         "per_device_train_batch_size": 4,

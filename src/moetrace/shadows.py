@@ -1,4 +1,4 @@
-"""An attribute of one object, replaced for the length of a context: how a foreign method is watched and left as it was."""
+"""An attribute of one object, replaced for a while: how a foreign method is watched and then left as it was."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import trl
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl_runs import Forward, trainer_of, unlike_any, watching
 
 import moetrace
-from moetrace.errors import MissingRowError, NotMoeError, ReplayError, TokenMismatchError
+from moetrace.errors import MissingRowError, NotMoeError, ReplayError, TokenMismatchError, UnsupportedRouterError
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
 from moetrace.trainers.trl import ReplayConfig
@@ -245,11 +246,20 @@ def test_a_changed_trainer_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     with pytest.raises(NotMoeError):
         trainer_of(tmp_path, Qwen3ForCausalLM(Qwen3Config(vocab_size=260, num_key_value_heads=1, head_dim=8, **sizes)))
+
+
+def test_prompt_learning_is_refused(tmp_path: Path) -> None:
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedRouterError, match="tokens before the prompt"):
+        trainer_of(tmp_path, more={"peft_config": tuning})
 
 
 @pytest.mark.parametrize("knob", [{"missing": "zeros"}, {"on_shift": "no"}, {"compare_every": -1}, {"tau": 1.0}])

@@ -1,1 +1,1 @@
-"""Routes in the trainers people use: one module for each. Importing this package imports none of them."""
+"""Replay in the trainers people use: one module for each, which imports its framework itself. See docs/trainers.md."""

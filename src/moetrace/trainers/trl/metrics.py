@@ -12,7 +12,7 @@ Axes: B sequences, C columns of completions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,12 @@ class Distance:
 
     def add_logprobs(self, rollouts: Sequence[Rollout], logprobs_BC: torch.Tensor, mask_BC: torch.Tensor) -> None:
         """Compare a batch, where the rollout's log-probabilities are known and the mask is not 0."""
-        trainer_BC, mask_BC = logprobs_BC.detach().float().cpu().numpy(), mask_BC.bool().cpu().numpy()
+        trainer_BC = logprobs_BC.detach().float().cpu().numpy()
         rollout_BC = np.full(trainer_BC.shape, np.nan, np.float32)
         for row, rollout in enumerate(rollouts):
             known = rollout.logprobs[: trainer_BC.shape[1]]
             rollout_BC[row, : len(known)] = known
-        known_BC = mask_BC & ~np.isnan(rollout_BC)
+        known_BC = mask_BC.bool().cpu().numpy() & ~np.isnan(rollout_BC)
         if count := int(known_BC.sum()):
             pair = rollout_BC[known_BC], trainer_BC[known_BC]
             self._tokens += count
@@ -70,7 +70,7 @@ class Distance:
         return shares(accelerator, kinds)
 
 
-def shares(accelerator: Any, kinds: dict[str, tuple[float, float] | list[float]]) -> dict[str, float]:
+def shares(accelerator: Any, kinds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Each sum over its count, both over all processes; those of nothing are left out."""
     sums = torch.tensor(list(kinds.values()), dtype=torch.float32, device=accelerator.device)
     totals = accelerator.reduce(sums, reduction="sum").tolist()

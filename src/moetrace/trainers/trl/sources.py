@@ -54,8 +54,8 @@ def continuous_batching(trainer: Any) -> Iterator[Callable[[Tokens, Tokens], Tur
 @contextmanager
 def vllm_colocated(trainer: Any) -> Iterator[Callable[[Tokens, Tokens], Turn]]:
     """An `LLM` of vLLM in this process; with tensor parallelism it answers the prompts of all ranks of its group."""
-    generation, llm, answers = trainer.vllm_generation, trainer.vllm_generation.llm, []
-    own = llm.generate
+    generation, answers = trainer.vllm_generation, list[Any]()
+    llm, own = generation.llm, generation.llm.generate
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         outputs = own(*args, **kwargs)

@@ -35,7 +35,11 @@ BATCH_KEY = "moetrace_rollouts"
 """Where TRL's batch has the routes of its sequences."""
 
 
-class RoutingReplay:
+_SomeTrainer: Any = object
+"""What the mixin is put before: to a type checker anything."""
+
+
+class RoutingReplay(_SomeTrainer):
     """Put before a GRPOTrainer, or a subclass of it: `class Mine(RoutingReplay, MyGRPOTrainer): ...`.
 
     Args:
@@ -45,6 +49,8 @@ class RoutingReplay:
         ReplayError: this release of TRL is not supported, or the trainer cannot be.
         NotMoeError, UnsupportedRouterError: the model has no routers, or not such as can be replayed.
     """
+
+    rollout_func: Any
 
     def __init__(self, *args: Any, replay: ReplayConfig | None = None, **kwargs: Any) -> None:
         require_supported_release()
@@ -162,7 +168,7 @@ class RoutingReplay:
     def _replaying(self, rollouts: Sequence[Rollout], ids: torch.Tensor, mask: torch.Tensor) -> Iterator[ReplaySession]:
         config = self.replay_config
         traces = [rollout.trace for rollout in rollouts]
-        options = {"attention_mask": mask, "missing": config.missing, "on_shift": config.on_shift}
+        options: dict[str, Any] = {"attention_mask": mask, "missing": config.missing, "on_shift": config.on_shift}
         with replay(self.model, traces, input_ids=ids, **options) as session:
             yield session
 
@@ -176,7 +182,7 @@ class RoutingReplay:
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         columns = output["completion_ids"].shape[1]
-        found = {}
+        found: dict[str, float] = {}
         for name in ("without", "with"):
             distance = Distance(self.replay_config.tau)
             for rows in _chunks(len(ids), self.args.per_device_train_batch_size):
@@ -213,9 +219,15 @@ def _joined(values: tuple[Any, ...]) -> Any:
     return torch.stack(values).mean() if values[0].ndim == 0 else torch.cat(values)
 
 
-def _adapters_of(model: nn.Module) -> tuple[Any, ...]:
+def _adapters_of(model: Any) -> tuple[Any, ...]:
     """Which of PEFT's adapters compute now; () without PEFT."""
     if not hasattr(model, "peft_config"):
         return ()
+    if model.active_peft_config.is_prompt_learning:
+        raise UnsupportedRouterError(
+            "prompt learning puts tokens before the prompt that no rollout has routes for",
+            expected="adapters in the model, such as LoRA",
+            got=model.active_peft_config.peft_type,
+        )
     status = model.get_model_status()
     return (status.enabled, tuple(status.active_adapters))
