@@ -16,6 +16,7 @@ import gc
 import json
 import logging
 import platform
+import random
 import shlex
 import statistics
 import sys
@@ -58,7 +59,8 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--batch", type=int, default=256, help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
+    parser.add_argument("--new", type=int, default=128, help="tokens generated for each, on average")
+    parser.add_argument("--spread", type=float, default=0.5, help="lengths are drawn from new * (1 -/+ spread)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each variant, or hundreds of graph replays")
     parser.add_argument("--one-at-a-time", action="store_true", help="one engine in memory: start anew for each round")
@@ -113,7 +115,8 @@ def start(model: Any, args: argparse.Namespace, capture: bool) -> TransformersEn
     """An engine with room for exactly the work at hand."""
     knobs: dict[str, Any] = {"seed": 0, "enable_return_routed_experts": capture, "max_running_requests": args.batch}
     if args.device != "cpu":
-        tokens = -(-(args.prompt + args.new) // 256) * 256 * args.batch
+        longest = args.prompt + round(args.new * (1 + args.spread)) + 1
+        tokens = -(-longest // 256) * 256 * args.batch
         knobs |= {"kv_cache_tokens": tokens * 5 // 4, "max_batch_tokens": args.batch_tokens}
     return TransformersEngine(model, EngineConfig(**knobs))
 
@@ -126,6 +129,7 @@ def step(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     runner, io, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
     naive = NaiveStaging(capture.layout, args.batch, engine._loop.device)
     engine._loop.pause()
+    engine._loop.call(lambda: None).result(60)  # the thread has started, and frees no page of ours any more
 
     def build() -> dict[str, torch.cuda.CUDAGraph]:
         home = cb_requests if hasattr(cb_requests, "create_warmup_future_states") else cb_utils  # 5.18 moved it
@@ -187,7 +191,9 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of whole rollouts, alternating; host time of a step; synchronisations a step."""
     vocab = model.config.vocab_size
     prompts = torch.randint(0, vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    sampling = SamplingParams(args.new, do_sample=True, ignore_eos=True)
+    draw = random.Random(0)
+    lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in prompts]
+    samplings = [SamplingParams(length, do_sample=True, ignore_eos=True) for length in lengths]
     variants = {"off": False, "ours": True}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, dict[str, float]] = {}
@@ -195,11 +201,14 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     def rollout(engine: TransformersEngine, capture: bool) -> float:
         began = time.perf_counter()
-        running = [engine.submit(prompt, sampling, return_routes=capture) for prompt in prompts]
+        running = [
+            engine.submit(prompt, sampling, return_routes=capture)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
         results = [generation.result(600) for generation in running]
         if capture:
             assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
-        return args.batch * args.new / (time.perf_counter() - began)
+        return sum(lengths) / (time.perf_counter() - began)
 
     engines = {} if args.one_at_a_time else {name: start(model, args, on) for name, on in variants.items()}
     for number in tqdm(range(args.rounds + 1), desc="rounds", mininterval=2):
@@ -222,7 +231,7 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         engine.close()
     return summary(tokens_per_s, unit="tokens/s") | {
         "rounds_of_each": args.rounds,
-        "work": {"requests": args.batch, "prompt": args.prompt, "new": args.new},
+        "work": {"requests": args.batch, "prompt": args.prompt, "new": [min(lengths), max(lengths)]},
         "host_ms_per_step": host_ms,
         "synchronisations_per_step": synchronisations,
     }

@@ -185,3 +185,25 @@ def test_a_row_without_tokens_is_refused() -> None:
     for arguments in ({}, {"position_ids": np.zeros((1, 0), int)}, {"attention_mask": np.zeros((1, 0), int)}):
         with pytest.raises(ReplayError):
             segments_of(np.zeros((1, 0), np.int64), **arguments)
+
+
+# --- padding between packed sequences ---
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=4))
+@examples
+def test_packed_sequences_padded_by_themselves_are_the_ones_between_their_boundaries(
+    pieces: list[tuple[int, int, int]],
+) -> None:
+    mask: list[int] = []
+    bounds, expected = [0], []
+    for before, length, after in pieces:
+        expected.append((len(mask) + before, len(mask) + before + length))
+        mask += [0] * before + [1] * length + [0] * after
+        bounds.append(len(mask))
+    assert pairs(segments_of(ids(1, len(mask)), cu_seqlens=bounds, attention_mask=[mask])) == expected
+
+
+def test_ones_that_no_boundaries_hold_are_refused() -> None:
+    with refused(ReplayError, "ones outside of all boundaries", expected="from token 3 on", got="2 ones"):
+        segments_of(ids(1, 5), cu_seqlens=[0, 3], attention_mask=[[1, 1, 0, 1, 1]])

@@ -35,6 +35,7 @@ def test_every_row_is_right_on_a_gpu(attention: str, knobs: dict[str, Any]) -> N
     model: Any = dye.model(torch.bfloat16)
     model = model.to("cuda")
     model.set_attn_implementation(attention)
+    model._supports_flash_attn = attention != "sdpa"  # else the engine switches to it
     config: dict[str, Any] = {
         "enable_return_routed_experts": True,
         "kv_cache_tokens": 1 << 16,

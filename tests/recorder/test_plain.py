@@ -140,6 +140,18 @@ def test_a_packed_batch_gives_each_sequence_the_rows_it_has_alone(name: str, by:
         assert np.array_equal(trace.experts_TLK, alone(model, sequence))
 
 
+def test_a_jagged_batch_gives_each_sequence_the_rows_it_has_as_a_packed_one() -> None:
+    model, lengths = build("mixtral"), (5, 9, 3)
+    packed, positions = random_tokens(1, sum(lengths)), torch.cat([torch.arange(length) for length in lengths])[None]
+    rows = list(packed[0].split(lengths))
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with torch.no_grad(), record(model) as recording:
+        model(nested.values()[None], position_ids=positions, use_cache=False)
+    expected = recording.traces(packed, position_ids=positions)
+    assert recording.traces(nested) == recording.traces(rows) == expected
+    assert [len(trace) for trace in expected] == [5, 9, 3]
+
+
 def test_a_recording_keeps_the_last_forward() -> None:
     model, first, second = build("mixtral"), random_tokens(1, 9, seed=1), random_tokens(1, 5, seed=2)
     with torch.no_grad(), record(model) as recording, experts_spy(model, "mixtral") as spy:

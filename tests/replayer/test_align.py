@@ -6,6 +6,7 @@ Axes: B rows and S columns of a batch, N = B * S tokens in memory order, L MoE l
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from traces import dyed_ids, layouts, make_trace, refused, routing_traces
 
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
 from moetrace.layout import MoeLayout
-from moetrace.replayer.align import AlignedRoutes, TokenMode, align
+from moetrace.replayer.align import align
+from moetrace.replayer.policy import ReplayPolicy
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.trace import RoutingTrace
 
 PADDING, LIVE, REPLAY = 0, 1, 2
@@ -29,10 +32,16 @@ examples = settings(max_examples=100, deadline=None)
 class Batch:
     """A batch of sequences, and where the test put each of their tokens."""
 
-    input_ids: np.ndarray
+    input_ids: Any
     arguments: dict[str, Any]
     places: list[list[int]]
     """For each sequence, the flat index of each of its tokens."""
+    size: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """N; of what is no array it is known to who made it."""
+        return self.size or self.input_ids.size
 
 
 def lay_out(sequences: list[list[int]], kind: str, filler: int = 99) -> Batch:
@@ -48,23 +57,33 @@ def lay_out(sequences: list[list[int]], kind: str, filler: int = 99) -> Batch:
             places.append([row * columns + first + position for position in range(len(tokens))])
         shape = len(sequences), columns
         return Batch(np.array(cells).reshape(shape), {"attention_mask": np.array(mask).reshape(shape)}, places)
+    spare = 2 if kind == "padded between" else 0
     cells, bounds, places = [], [0], []
     positions: list[int] = []
     for tokens in sequences:
         places.append([len(cells) + position for position in range(len(tokens))])
-        cells += tokens
+        cells += tokens + [filler] * spare
         positions += range(len(tokens))
         bounds.append(len(cells))
     if kind == "positions":
         return Batch(np.array([cells]), {"position_ids": np.array([positions])}, places)
+    if kind == "nested":
+        nested = torch.nested.nested_tensor([torch.tensor(tokens) for tokens in sequences], layout=torch.jagged)
+        return Batch(nested, {}, places, len(cells))
+    if kind == "lists":
+        return Batch([np.array(tokens) for tokens in sequences], {}, places, len(cells))
     cells += [filler] * 2  # packed batches are padded at their end
-    return Batch(np.array([cells]), {"cu_seqlens": np.array(bounds, np.int32)}, places)
+    boundaries: dict[str, Any] = {"cu_seqlens": np.array(bounds, np.int32)}
+    if kind == "padded between":
+        real = {n for sequence in places for n in sequence}
+        boundaries["attention_mask"] = np.array([[int(n in real) for n in range(len(cells))]])
+    return Batch(np.array([cells]), boundaries, places)
 
 
 def slow_align(traces: list[RoutingTrace], batch: Batch) -> tuple[list, list[int], list[bool]]:
     """The definition, one token at a time: experts `[L, N, K]`, mode `[N]`, follows `[N]`."""
     layout = traces[0].layout
-    num_tokens = batch.input_ids.size
+    num_tokens = batch.num_tokens
     experts = [[[0] * layout.top_k for _ in range(num_tokens)] for _ in range(layout.num_layers)]
     mode, follows = [PADDING] * num_tokens, [False] * num_tokens
     for trace, places in zip(traces, batch.places, strict=True):
@@ -85,13 +104,16 @@ def assert_equal_to_slow(routes: AlignedRoutes, traces: list[RoutingTrace], batc
     assert routes.mode_N.tolist() == mode
     assert routes.follows_N.tolist() == follows
     assert routes.experts_LNK.tolist() == experts
+    who = {n: (number, position) for number, places in enumerate(batch.places) for position, n in enumerate(places)}
+    tokens = zip(routes.sequence_N.tolist(), routes.position_N.tolist(), strict=True)
+    assert list(tokens) == [who.get(n, (-1, -1)) for n in range(batch.num_tokens)]
     assert routes.experts_LNK.dtype == traces[0].layout.dtype
     assert routes.experts_LNK.flags.c_contiguous
-    assert routes.num_tokens == batch.input_ids.size
+    assert routes.num_tokens == batch.num_tokens
     assert [routes.count(token_mode) for token_mode in TokenMode] == [mode.count(token_mode) for token_mode in range(3)]
 
 
-KINDS = ["left", "right", "cu_seqlens", "positions"]
+KINDS = ["left", "right", "cu_seqlens", "positions", "padded between", "nested", "lists"]
 
 
 @st.composite
@@ -362,3 +384,136 @@ def test_no_batch_of_other_tokens_is_ever_replayed(kind: str, data: st.DataObjec
     batch = lay_out(others, kind)
     with refused(TokenMismatchError, f"sequence {number} of the batch: first difference at position {position}"):
         align(traces, batch.input_ids, missing="live", **batch.arguments)
+
+
+# --- jagged batches ---
+
+
+def test_a_list_of_sequences_of_one_length_is_a_plain_batch() -> None:
+    traces = [make_trace([1, 2, 3]), make_trace([4, 5, 6])]
+    expected = align(traces, [[1, 2, 3], [4, 5, 6]])
+    for batch in ([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], (np.array([1, 2, 3]), [4, 5, 6])):
+        routes = align(traces, batch)
+        assert routes.shape == (2, 3)
+        assert np.array_equal(routes.experts_LNK, expected.experts_LNK)
+
+
+def test_masks_lie_as_a_jagged_batch_does() -> None:
+    traces = [make_trace([1, 2, 3], valid=[True, False]), make_trace([4, 5])]
+    batch = [[1, 2, 3], [4, 5]]
+    for mask in (
+        [[False, True, False], [False, False]],
+        torch.nested.nested_tensor([torch.tensor([0, 1, 0]), torch.tensor([0, 0])], layout=torch.jagged),
+    ):
+        assert align(traces, batch, missing=mask).mode_N.tolist() == [REPLAY, LIVE, LIVE, REPLAY, LIVE]
+    with refused(ReplayError, "missing does not fit", expected="rows of (3, 2) tokens", got="rows of (2, 3)"):
+        align(traces, batch, missing=[[False, True], [False] * 3])
+
+
+def test_a_jagged_view_with_holes_is_refused() -> None:
+    """A model that is called with its values sees tokens that are in no row."""
+    view = torch.nested.narrow(
+        torch.arange(12).view(3, 4), 1, torch.tensor([0, 1, 0]), torch.tensor([2, 3, 1]), layout=torch.jagged
+    )
+    traces = [make_trace(row.tolist()) for row in view.unbind()]
+    with refused(ReplayError, "the jagged batch has holes", fix="cu_seqlens and a mask"):
+        align(traces, view)
+    assert align(traces, view.contiguous()).shape == (1, 6)
+
+
+def test_what_contradicts_a_jagged_batch_is_refused() -> None:
+    traces, batch = [make_trace([1, 2, 3]), make_trace([4, 5])], [[1, 2, 3], [4, 5]]
+    assert align(traces, batch, cu_seqlens=[0, 3, 5], position_ids=[[0, 1, 2], [0, 1]]).count(TokenMode.REPLAY) == 3
+    with refused(ReplayError, "cu_seqlens is not that of the jagged batch", expected=[0, 3, 5], got=[0, 2, 5]):
+        align(traces, batch, cu_seqlens=[0, 2, 5])
+    with refused(ReplayError, "a jagged batch has one sequence in each row", expected="at least one token"):
+        align(traces, [[1, 2, 3], []])
+    with refused(ReplayError, "a jagged batch has one sequence in each row", got="(1, 2)"):
+        align(traces, [[[1, 2]], [4, 5]])
+
+
+# --- policies ---
+
+
+def slow_wanted(rows: Any, places: list[list[int]], sampled: list[int], num_tokens: int) -> list[bool]:
+    """Which rows a policy wants, token by token: the row at n computed the distribution of the next token."""
+    following = {n: later for sequence in places for n, later in pairwise(sequence)}
+    predicts = [n in following and following[n] in sampled for n in range(num_tokens)]
+    return {"all": [True] * num_tokens, "response": predicts, "prompt": [not p for p in predicts]}[rows]
+
+
+@given(batches(), st.sampled_from(["all", "response", "prompt"]), st.data())
+@examples
+def test_a_policy_replays_the_rows_it_names_and_needs_no_others(
+    case: tuple[list[RoutingTrace], Batch], rows: Any, data: st.DataObject
+) -> None:
+    traces, batch = case
+    tokens = [n for places in batch.places for n in places]
+    sampled = data.draw(st.lists(st.sampled_from(tokens), unique=True))
+    flat = [int(n in sampled) for n in range(batch.num_tokens)]
+    mask: Any
+    if isinstance(batch.input_ids, np.ndarray):
+        mask = np.array(flat).reshape(batch.input_ids.shape)
+    else:
+        mask = [[flat[n] for n in places] for places in batch.places]
+    routes = align(
+        traces, batch.input_ids, policy=ReplayPolicy(rows), response_mask=mask, missing="live", **batch.arguments
+    )
+    wanted = slow_wanted(rows, batch.places, sampled, batch.num_tokens)
+    experts, mode, _ = slow_align(traces, batch)
+    expected = [REPLAY if m == REPLAY and wanted[n] else min(m, LIVE) for n, m in enumerate(mode)]
+    assert routes.mode_N.tolist() == expected
+    nothing = [0] * traces[0].layout.top_k
+    assert routes.experts_LNK.tolist() == [
+        [row if expected[n] == REPLAY else nothing for n, row in enumerate(layer)] for layer in experts
+    ]
+    lasts = {places[-1] for places in batch.places}
+    lacking = [n for n in tokens if wanted[n] and mode[n] == LIVE and n not in lasts]
+    strict: dict[str, Any] = {"policy": ReplayPolicy(rows), "response_mask": mask, **batch.arguments}
+    if lacking:
+        with pytest.raises(MissingRowError):
+            align(traces, batch.input_ids, **strict)
+    else:
+        assert align(traces, batch.input_ids, **strict).mode_N.tolist() == expected
+
+
+def test_the_rows_of_a_conversation_are_those_before_each_sampled_token() -> None:
+    """User 1 2, assistant 3 4, tool 5, assistant 6 7: tokens 3, 4, 6 and 7 were sampled."""
+    trace, tokens, sampled = make_trace([1, 2, 3, 4, 5, 6, 7]), [[1, 2, 3, 4, 5, 6, 7]], [[0, 0, 1, 1, 0, 1, 1]]
+    response = align(trace, tokens, policy=ReplayPolicy("response"), response_mask=sampled)
+    assert response.mode_N.tolist() == [LIVE, REPLAY, REPLAY, LIVE, REPLAY, REPLAY, LIVE]
+    prompt = align(trace, tokens, policy=ReplayPolicy("prompt"), response_mask=sampled)
+    assert prompt.mode_N.tolist() == [REPLAY, LIVE, LIVE, REPLAY, LIVE, LIVE, LIVE]
+
+
+def test_a_mask_of_its_own_is_a_policy_too() -> None:
+    trace = make_trace([1, 2, 3, 4], valid=[True, False, True])
+    for rows in ([[1, 0, 1, 1]], torch.tensor([[True, False, True, True]])):
+        assert align(trace, [[1, 2, 3, 4]], policy=ReplayPolicy(rows)).mode_N.tolist() == [REPLAY, LIVE, REPLAY, LIVE]
+    with refused(MissingRowError, "lacks 1 of 4 rows, the first at position 1"):
+        align(trace, [[1, 2, 3, 4]], policy=ReplayPolicy([[1, 1, 1, 1]]))
+    with refused(ReplayError, "ReplayPolicy.rows does not fit", expected="shape (1, 4)", got="shape (1, 3)"):
+        align(trace, [[1, 2, 3, 4]], policy=ReplayPolicy([[1, 1, 1]]))
+
+
+def test_policies_that_mean_nothing_are_refused() -> None:
+    trace, batch = make_trace([1, 2, 3]), [[0, 1, 2, 3]]
+    where = {"attention_mask": [[0, 1, 1, 1]]}
+    with refused(ReplayError, "must know which tokens are the response", expected="response_mask=[B, S]"):
+        align(trace, batch, policy=ReplayPolicy("response"), **where)
+    with refused(ReplayError, "response_mask marks padding", got="1 ones there"):
+        align(trace, batch, policy=ReplayPolicy("prompt"), response_mask=[[1, 0, 1, 1]], **where)
+    with refused(ReplayError, "response_mask does not fit", got="shape (1, 2)"):
+        align(trace, batch, policy=ReplayPolicy("response"), response_mask=[[1, 1]], **where)
+    with refused(ReplayError, "rows is unknown", got="'none'"):
+        ReplayPolicy("none")
+    for margin in (0.0, -1.0, float("inf"), float("nan")):
+        with refused(ReplayError, "the margin is a difference of scores", got=margin):
+            ReplayPolicy(margin=margin)
+
+
+def test_routes_carry_the_margin_through_slices() -> None:
+    routes = align(make_trace([1, 2, 3]), [[1, 2, 3]], policy=ReplayPolicy(margin=0.25))
+    assert routes.margin == 0.25
+    assert routes.take([2, 0]).margin == 0.25
+    assert align(make_trace([1, 2, 3]), [[1, 2, 3]]).margin is None

@@ -30,6 +30,11 @@ from families import (
     router_spy,
     traces_of,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 
 from moetrace import record, replay
@@ -422,3 +427,39 @@ def test_checkpointing_disabled_during_a_replay_is_no_obstacle() -> None:
         loss_of(model(microbatch.tokens, use_cache=False).logits, seed=1).backward()
     assert spy.counts() == [1, 1, 1]
     assert_same_gradients(gradients_of(model), expected_gradients("mixtral", microbatch))
+
+
+def wrap_layers(model: Any, reentrant: bool) -> None:
+    """What accelerate's FSDP plugin and torchtitan do instead of asking the model."""
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    layers = tuple(type(layer) for layer in model.model.layers)
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda module: checkpoint_wrapper(module, kind),
+        check_fn=lambda module: isinstance(module, layers),
+    )
+
+
+@REENTRANT
+@pytest.mark.parametrize("order", ["fifo", "lifo", "joint"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_torchs_checkpoint_wrapper_is_followed(name: str, order: str, reentrant: bool) -> None:
+    microbatches = [Microbatch(name, seed) for seed in (1, 2)]
+    model = build(name).train()
+    wrap_layers(model, reentrant)
+    if reentrant:
+        model.enable_input_require_grads()
+    with counting_layers(model) as counts:
+        backward_in_order([microbatch.loss(model) for microbatch in microbatches], order)
+    assert counts == [4, 4, 4]
+    assert left_behind(model) == []
+    got = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in gradients_of(model).items()}
+    assert_same_gradients(got, expected_gradients(name, *microbatches), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tap_goes_from_a_checkpoint_wrapper_without_a_trace() -> None:
+    model = build("mixtral").train()
+    wrap_layers(model, reentrant=False)
+    before = [layer.checkpoint_fn for layer in model.model.layers]
+    Microbatch("mixtral", seed=1).loss(model)
+    assert all(layer.checkpoint_fn is own for layer, own in zip(model.model.layers, before, strict=True))

@@ -366,8 +366,8 @@ def monitored(order: list[int], forwards: int = 1) -> ReplayStats:
     monitor = OverlapMonitor(align([RoutingTrace.build(given_TLK, layout, tokens)], tokens[None]))
     for _ in range(forwards):
         for layer in order:
-            monitor.observe(layer, torch.from_numpy(live_TLK[:, layer]))
-    return monitor.stats()
+            monitor.observe(layer, torch.from_numpy(live_TLK[:, layer]), torch.ones(40, dtype=torch.bool))
+    return monitor.counts().stats()
 
 
 @pytest.mark.parametrize("forwards", [1, 3])

@@ -10,10 +10,12 @@ from families import FAMILIES, NAMES, ONE_OF_EACH, build, config_of, routers_of
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moetrace import record
+from moetrace import record, replay
 from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
 from moetrace.routers import config_layout, find_routers, fingerprint_of, layout_of
+from moetrace.routers.families import TRAITS
+from moetrace.routers.find import traits_of
 
 
 def layout_stated(name: str) -> MoeLayout:
@@ -175,3 +177,42 @@ def test_a_fingerprint_tells_models_apart_whose_routes_mean_other_things() -> No
     models["dense layer elsewhere"] = build("qwen3_moe", mlp_only_layers=[2])
     fingerprints = {what: fingerprint_of(model) for what, model in models.items()}
     assert len(set(fingerprints.values())) == len(models), fingerprints
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel is to a reader of modules: something without a config that holds the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_wrapped_model_has_the_layout_fingerprint_and_routers_of_the_model_inside(depth: int) -> None:
+    model = build("qwen3_moe")
+    wrapped: nn.Module = model
+    for _ in range(depth):
+        wrapped = Wrapper(wrapped)
+    assert layout_of(wrapped) == layout_of(model)
+    assert fingerprint_of(wrapped) == fingerprint_of(model)
+    assert find_routers(wrapped) == find_routers(model)
+
+
+def test_a_record_and_a_replay_may_overlap_through_a_wrapper_and_the_model_inside() -> None:
+    model, tokens = build("qwen3_moe"), torch.arange(12)[None]
+    wrapped = Wrapper(model)
+    with torch.no_grad(), record(model) as recording, record(wrapped) as other:
+        model(tokens, use_cache=False)
+    assert torch.equal(recording.experts_LNK, other.experts_LNK)
+    with torch.no_grad(), replay(wrapped, recording.traces(tokens), input_ids=tokens) as session, record(model):
+        wrapped.module(tokens, use_cache=False)
+    assert session.stats().overlap == 1.0
+
+
+@pytest.mark.parametrize("name", [name for name, traits in TRAITS.items() if not traits.refusal])
+def test_a_router_whose_class_fsdp2_replaced_is_known_by_the_class_it_had(name: str) -> None:
+    """`fully_shard` makes the class of a module a subclass FSDP*, of FSDPModule and the class it was."""
+    traits = TRAITS[name]
+    kind = type(name, (nn.Module,), {traits.method: lambda *_: None})
+    sharded = type(f"FSDP{name}", (type("FSDPModule", (), {}), kind), {})
+    assert traits_of(sharded()) is traits

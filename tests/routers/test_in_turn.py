@@ -14,6 +14,7 @@ from moetrace.conformance.census import batch, traces_of
 from moetrace.conformance.scoring import RULES
 from moetrace.conformance.spies import spying
 from moetrace.errors import ReplayError, UnsupportedRouterError
+from moetrace.replayer import ReplayPolicy, router_scores
 from moetrace.routers import find_routers, layout_of, selection
 
 
@@ -84,6 +85,19 @@ def test_a_set_is_refused(model: Any) -> None:
     traces = [changed(trace, order="set") for trace in recording.traces(batch())]
     refused = pytest.raises(ReplayError, match="expected order 'rank', got order 'set'")
     with refused, replay(model, traces, input_ids=batch()):
+        pass
+
+
+def test_it_has_no_margin_to_replay_by_and_no_single_softmax(model: Any) -> None:
+    """What separates the K-th score from the next says nothing about which expert comes first."""
+    with torch.no_grad(), record(model) as recording:
+        model(input_ids=batch())
+    with (
+        pytest.raises(ReplayError, match=r"chooses its experts in turn.*got margin 0\.1"),
+        replay(model, recording.traces(batch()), input_ids=batch(), policy=ReplayPolicy(margin=0.1)),
+    ):
+        pass
+    with pytest.raises(UnsupportedRouterError, match="chooses its experts in turn"), router_scores(model):
         pass
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetrace.batch import segments_of, to_numpy
+from moetrace.batch import batch_of, to_numpy
 from moetrace.errors import RouterError
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import Order, RoutingTrace
@@ -54,17 +54,14 @@ class Recording(RoutingSession):
     def traces(
         self, input_ids: Any, *, attention_mask: Any = None, position_ids: Any = None, cu_seqlens: Any = None
     ) -> list[RoutingTrace]:
-        """One trace for each sequence of the batch, with a row for every token; see `segments_of` for the arguments."""
-        input_ids_BS = to_numpy(input_ids)
-        segments = segments_of(
-            input_ids_BS, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens
-        )
+        """One trace for each sequence of the batch, with a row for every token; see `batch_of` for the arguments."""
+        batch = batch_of(input_ids, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
+        tokens_N = batch.tokens_N
         experts_NLK = to_numpy(self.experts_LNK).transpose(1, 0, 2)
-        if len(experts_NLK) != input_ids_BS.size:
+        if len(experts_NLK) != len(tokens_N):
             raise RouterError(
-                "the batch is not the one that ran", expected=f"{len(experts_NLK)} tokens", got=input_ids_BS.size
+                "the batch is not the one that ran", expected=f"{len(experts_NLK)} tokens", got=len(tokens_N)
             )
-        tokens_N = input_ids_BS.reshape(-1)
         return [
             RoutingTrace.build(
                 experts_NLK[segment.start : segment.stop],
@@ -74,7 +71,7 @@ class Recording(RoutingSession):
                 fingerprint=self._tap.fingerprint,
                 engine=f"torch {torch.__version__}",
             )
-            for segment in segments
+            for segment in batch.segments
         ]
 
 

@@ -6,59 +6,18 @@ Axes: N = B * S tokens of the batch in memory order, L MoE layers, K experts per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal
 
 import numpy as np
 
-from moetrace.batch import Segment, segments_of, to_numpy
+from moetrace.batch import Segment, TokenBatch, batch_of
 from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError
 from moetrace.layout import MoeLayout
-from moetrace.trace import Order, RoutingTrace
+from moetrace.replayer.policy import REPLAY_ALL, ReplayPolicy
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.trace import RoutingTrace
 
 Missing = Literal["error", "live"]
-
-
-class TokenMode(IntEnum):
-    """What the router of a token does."""
-
-    PADDING = 0
-    """Not a token of any sequence: routed live, counted nowhere."""
-    LIVE = 1
-    """No row exists: routed live, with permission."""
-    REPLAY = 2
-    """Routed as recorded."""
-
-
-@dataclass(frozen=True)
-class AlignedRoutes:
-    """The rows of a batch's traces at the places of its tokens.
-
-    Attributes:
-        experts_LNK: `[L, N, K]`, dtype `layout.dtype`, zeros where nothing is replayed.
-        mode_N: `[N]` uint8 of `TokenMode`.
-        follows_N: `[N]` bool, True where token n - 1 precedes token n in one sequence and both are replayed.
-        layout: the traces' layout.
-        fingerprint: the traces' model fingerprint, or "".
-        order: "rank" when the K ids of every trace are best first.
-    """
-
-    experts_LNK: np.ndarray
-    mode_N: np.ndarray
-    follows_N: np.ndarray
-    layout: MoeLayout
-    fingerprint: str
-    order: Order
-
-    @property
-    def num_tokens(self) -> int:
-        """N, padding included."""
-        return len(self.mode_N)
-
-    def count(self, mode: TokenMode) -> int:
-        """How many tokens have a mode."""
-        return int((self.mode_N == mode).sum())
 
 
 def align(
@@ -69,16 +28,21 @@ def align(
     position_ids: Any = None,
     cu_seqlens: Any = None,
     missing: Missing | Any = "error",
+    policy: ReplayPolicy | None = None,
+    response_mask: Any = None,
 ) -> AlignedRoutes:
     """Put the rows of traces where a batch has their tokens.
 
     Args:
         traces: one for each sequence of the batch, in memory order.
-        input_ids: `[B, S]` token ids, exactly those the model will be called with.
+        input_ids: `[B, S]` token ids, exactly those the model will be called with, or a jagged batch; see
+            `moetrace.batch.batch_of`.
         attention_mask, position_ids, cu_seqlens: how sequences lie in the batch, see `moetrace.batch.segments_of`.
         missing: what a token without a row does: "error" (the default), "live" (the live router decides), or a bool
             array `[B, S]`, True where live routing is allowed. The last token of a sequence is always allowed: it
             predicts nothing that was sampled, and an engine never had it as input.
+        policy: which rows are replayed; all of them by default. Rows that it leaves out may be missing.
+        response_mask: as `input_ids`, 1 for each sampled token: for the policies "response" and "prompt".
 
     Raises:
         TokenMismatchError: a trace was recorded on other tokens than its sequence.
@@ -87,20 +51,20 @@ def align(
         ReplayError: batch arguments contradict each other, or the number of traces is wrong.
     """
     traces = [traces] if isinstance(traces, RoutingTrace) else list(traces)
-    input_ids_BS = to_numpy(input_ids)
-    segments = segments_of(
-        input_ids_BS, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens
-    )
-    if len(traces) != len(segments):
+    policy = policy or REPLAY_ALL
+    batch = batch_of(input_ids, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    if len(traces) != len(batch.segments):
         raise ReplayError(
-            "each sequence of the batch needs one trace", expected=f"{len(segments)} traces", got=len(traces)
+            "each sequence of the batch needs one trace", expected=f"{len(batch.segments)} traces", got=len(traces)
         )
     layout, fingerprint = _common_model(traces)
-    live_allowed_N = _live_allowed(missing, input_ids_BS.shape)
-    tokens_N = input_ids_BS.reshape(-1)
+    wanted_N = policy.wanted(batch, response_mask)
+    live_allowed_N = _live_allowed(missing, batch) | ~wanted_N
+    tokens_N = batch.tokens_N
     experts_NLK = np.zeros((tokens_N.size, layout.num_layers, layout.top_k), layout.dtype)
     mode_N = np.full(tokens_N.size, TokenMode.PADDING, np.uint8)
-    for number, (segment, trace) in enumerate(zip(segments, traces, strict=True)):
+    sequence_N, position_N = (np.full(tokens_N.size, -1, np.int32) for _ in range(2))
+    for number, (segment, trace) in enumerate(zip(batch.segments, traces, strict=True)):
         trace.require_tokens(tokens_N[segment.start : segment.stop], f"sequence {number} of the batch")
         replayed_T = np.zeros(len(segment), bool)
         stop = min(trace.stop, len(segment))
@@ -108,15 +72,29 @@ def align(
             replayed_T[trace.start : stop] = trace.valid_T[: stop - trace.start]
             experts_NLK[segment.start + trace.start : segment.start + stop] = trace.experts_TLK[: stop - trace.start]
         _require_rows(number, segment, replayed_T, live_allowed_N)
+        replayed_T &= wanted_N[segment.start : segment.stop]
+        experts_NLK[segment.start : segment.stop][~replayed_T] = 0
         mode_N[segment.start : segment.stop] = np.where(replayed_T, TokenMode.REPLAY, TokenMode.LIVE)
+        sequence_N[segment.start : segment.stop] = number
+        position_N[segment.start : segment.stop] = np.arange(len(segment))
     return AlignedRoutes(
-        experts_LNK=np.ascontiguousarray(experts_NLK.transpose(1, 0, 2)),
+        experts_LNK=_layer_major(experts_NLK),
         mode_N=mode_N,
-        follows_N=_follows(mode_N, segments),
+        sequence_N=sequence_N,
+        position_N=position_N,
         layout=layout,
         fingerprint=fingerprint,
         order="rank" if all(trace.order == "rank" for trace in traces) else "set",
+        shape=batch.shape,
+        margin=policy.margin,
     )
+
+
+def _layer_major(experts_NLK: np.ndarray) -> np.ndarray:
+    """`[L, N, K]`, C order. A route is moved as one item, not id by id: six times as fast."""
+    num_tokens, num_layers, top_k = experts_NLK.shape
+    route_NL = experts_NLK.view(f"V{top_k * experts_NLK.itemsize}")[..., 0]
+    return np.ascontiguousarray(route_NL.T).view(experts_NLK.dtype).reshape(num_layers, num_tokens, top_k)
 
 
 def _common_model(traces: Sequence[RoutingTrace]) -> tuple[MoeLayout, str]:
@@ -128,17 +106,12 @@ def _common_model(traces: Sequence[RoutingTrace]) -> tuple[MoeLayout, str]:
     return traces[0].layout, "".join(fingerprints)
 
 
-def _live_allowed(missing: Missing | Any, shape: tuple[int, ...]) -> np.ndarray:
-    if isinstance(missing, str):
-        if missing not in ("error", "live"):
-            raise ReplayError(
-                "missing is unknown", expected="'error', 'live' or a bool array [B, S]", got=repr(missing)
-            )
-        return np.full(np.prod(shape), missing == "live")
-    allowed = to_numpy(missing).astype(bool)
-    if allowed.shape != shape:
-        raise ReplayError("missing does not fit input_ids", expected=f"shape {shape}", got=f"shape {allowed.shape}")
-    return allowed.reshape(-1)
+def _live_allowed(missing: Missing | Any, batch: TokenBatch) -> np.ndarray:
+    if not isinstance(missing, str):
+        return batch.flags(missing, "missing")
+    if missing not in ("error", "live"):
+        raise ReplayError("missing is unknown", expected="'error', 'live' or a bool array [B, S]", got=repr(missing))
+    return np.full(len(batch.tokens_N), missing == "live")
 
 
 def _require_rows(number: int, segment: Segment, replayed_T: np.ndarray, live_allowed_N: np.ndarray) -> None:
@@ -151,11 +124,3 @@ def _require_rows(number: int, segment: Segment, replayed_T: np.ndarray, live_al
             expected="a captured row for every token but the last",
             fix="Pass missing='live', or a bool array [B, S], to let the live router decide there.",
         )
-
-
-def _follows(mode_N: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
-    replayed_N = mode_N == TokenMode.REPLAY
-    follows_N = np.zeros(len(mode_N), bool)
-    follows_N[1:] = replayed_N[1:] & replayed_N[:-1]
-    follows_N[[segment.start for segment in segments]] = False
-    return follows_N

@@ -9,55 +9,16 @@ Axes: L MoE layers, N tokens of the batch, K experts per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from moetrace.replayer.align import AlignedRoutes, TokenMode
+from moetrace.replayer.counts import ReplayCounts
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.replayer.upload import RoutesUpload
 
-SHIFT_MARGIN = 0.05
-"""Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
-SHIFT_MIN_ROWS = 32
-"""Fewer neighbouring rows than this prove nothing."""
 _MAX_PAIRS = 1 << 26
 """Pairs of expert ids compared at once: what bounds the memory of counting."""
 
-_HITS, _SAME, _PAIRS, _GIVEN_LATER, _EARLIER, _GIVEN_EARLIER, _LATER = range(7)
-
-
-@dataclass(frozen=True)
-class ReplayStats:
-    """What a replay did, pooled over its forwards (recomputations do not count).
-
-    Attributes:
-        forwards: forward passes seen.
-        replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward.
-        overlap: mean share of the K live choices that the replayed row has too, 0..1; NaN when nothing was replayed.
-        router_mismatch: share of (token, layer) pairs where the live router would have chosen another set.
-        token_mismatch: share of replayed tokens where it would have in at least one layer.
-        overlap_per_layer: `overlap` of each MoE layer.
-        neighbour_rows: adjacent rows on which the two shifts were judged.
-        shift_gain: largest gain in overlap from replaying row t - 1 ("earlier") or t + 1 ("later") at token t;
-            negative when the given rows fit best.
-        best_shift: "earlier" or "later".
-    """
-
-    forwards: int
-    replayed_tokens: int
-    live_tokens: int
-    padding_tokens: int
-    overlap: float
-    router_mismatch: float
-    token_mismatch: float
-    overlap_per_layer: tuple[float, ...]
-    neighbour_rows: int
-    shift_gain: float
-    best_shift: str
-
-    @property
-    def shifted(self) -> bool:
-        """True when the routes fit the live router better shifted by one token than as given."""
-        return self.neighbour_rows >= SHIFT_MIN_ROWS and self.shift_gain > SHIFT_MARGIN
+_HITS, _SAME, _GIVEN_LATER, _EARLIER, _GIVEN_EARLIER, _LATER, _SUPPLIED, _REPLACED = range(8)
 
 
 class OverlapMonitor:
@@ -67,115 +28,103 @@ class OverlapMonitor:
     all layers at once.
     """
 
-    def __init__(self, routes: AlignedRoutes) -> None:
+    def __init__(self, routes: AlignedRoutes, upload: RoutesUpload | None = None) -> None:
         self._routes = routes
+        self._upload = upload or RoutesUpload(routes)
         self._forwards = 0
         self._live: dict[int, torch.Tensor] = {}
+        self._used: dict[int, torch.Tensor] = {}
         self._counts: dict[int, torch.Tensor] = {}
         self._differs_N: torch.Tensor | None = None
-        self._on_device: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def forwards(self) -> int:
         """Forward passes seen so far; known without waiting."""
         return self._forwards
 
-    def observe(self, layer: int, live_NK: torch.Tensor) -> None:
-        """Keep one layer's live choice of one forward. No host synchronisation."""
+    def observe(self, layer: int, live_NK: torch.Tensor, used_N: torch.Tensor) -> None:
+        """Keep one layer's live choice of one forward, and which tokens got the row instead. No synchronisation."""
         if not self._live or layer in self._live:  # a new forward; which router is its first, no number tells
             self._count()
             self._forwards += 1
-        self._live[layer] = live_NK.to(torch.int16)
+        self._live[layer] = live_NK.to(torch.int32 if self._routes.layout.num_experts > 1 << 15 else torch.int16)
+        self._used[layer] = used_N
 
     def _count(self) -> None:
         """Count the layers of the forward that has just ended, on the device of its first layer."""
         if not self._live:
             return
         layers = sorted(self._live)
-        given_LNK, replayed_N, follows_N = self._routes_on(self._live[layers[0]].device)
+        given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
         differs_N = torch.zeros_like(replayed_N)
         at_once = max(1, _MAX_PAIRS // max(given_LNK[0].numel() * given_LNK.shape[2], 1))
         for first in range(0, len(layers), at_once):
             some = layers[first : first + at_once]
-            live_LNK = torch.stack([self._live[layer].to(given_LNK.device) for layer in some])
-            counts_L7, differ_N = _compare(live_LNK, given_LNK[some], replayed_N, follows_N)
+            live_LNK, used_LN = (
+                torch.stack([kept[layer].to(given_LNK.device) for layer in some]) for kept in (self._live, self._used)
+            )
+            rows_LNK = torch.stack([given_LNK[layer] for layer in some])  # indexing by a list would wait for its copy
+            counts_L8, differ_N = _compare(live_LNK, rows_LNK.to(live_LNK.dtype), used_LN, replayed_N, follows_N)
             differs_N |= differ_N
-            for layer, counts in zip(some, counts_L7, strict=True):
+            for layer, counts in zip(some, counts_L8, strict=True):
                 self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
         self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
-        self._live = {}
+        self._live, self._used = {}, {}
 
-    def stats(self) -> ReplayStats:
-        """Everything counted so far. Waits for the device."""
+    def counts(self) -> ReplayCounts:
+        """Everything counted so far. Waits for the device, once."""
         self._count()
-        routes, top_k = self._routes, self._routes.layout.top_k
-        replayed = routes.count(TokenMode.REPLAY)
-        counts = torch.stack([self._counts[layer].cpu() for layer in sorted(self._counts)] or [torch.zeros(7)])
-        total = counts.sum(0).tolist()
-        seen = self._forwards * replayed * len(self._counts)
-        pairs = max(total[_PAIRS] * top_k, 1)
-        gains = {
-            "earlier": (total[_EARLIER] - total[_GIVEN_LATER]) / pairs,
-            "later": (total[_LATER] - total[_GIVEN_EARLIER]) / pairs,
-        }
-        best = max(gains, key=lambda shift: gains[shift])
-        differs = 0 if self._differs_N is None else int(self._differs_N.sum())
-        return ReplayStats(
+        routes, layers = self._routes, range(self._routes.layout.num_layers)
+        nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64)
+        differing = nothing if self._differs_N is None else self._differs_N.sum().expand(len(nothing))
+        rows = [differing, *(self._counts.get(layer, nothing) for layer in layers)]
+        (differing_tokens, *_), *counts_L8 = torch.stack([row.to(differing.device) for row in rows]).tolist()
+        total = [sum(column) for column in zip(*counts_L8, strict=True)]
+        replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())
+        return ReplayCounts(
+            top_k=routes.layout.top_k,
             forwards=self._forwards,
             replayed_tokens=replayed,
             live_tokens=routes.count(TokenMode.LIVE),
             padding_tokens=routes.count(TokenMode.PADDING),
-            overlap=_share(total[_HITS], seen * top_k),
-            router_mismatch=_share(seen - total[_SAME], seen),
-            token_mismatch=_share(differs, replayed if seen else 0),
-            overlap_per_layer=tuple(
-                _share(hits, self._forwards * replayed * top_k) for hits in counts[:, _HITS].tolist()
-            ),
-            neighbour_rows=int(total[_PAIRS]) // max(self._forwards * max(len(self._counts), 1), 1),
-            shift_gain=gains[best],
-            best_shift=best,
+            differing_tokens=differing_tokens,
+            neighbour_rows=neighbours,
+            compared_tokens=self._forwards * replayed,
+            compared_neighbours=self._forwards * neighbours,
+            same_routers=total[_SAME],
+            hits_L=tuple(counts[_HITS] for counts in counts_L8),
+            earlier_gain=total[_EARLIER] - total[_GIVEN_LATER],
+            later_gain=total[_LATER] - total[_GIVEN_EARLIER],
+            supplied_routers=total[_SUPPLIED],
+            replaced_routers=total[_REPLACED],
         )
-
-    def _routes_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._on_device is None:
-            routes = self._routes
-            arrays = (routes.experts_LNK.astype("int16"), routes.mode_N == TokenMode.REPLAY, routes.follows_N)
-            given_LNK, replayed_N, follows_N = (torch.from_numpy(array) for array in arrays)
-            if device.type == "cuda":
-                given_LNK, replayed_N, follows_N = (t.pin_memory() for t in (given_LNK, replayed_N, follows_N))
-            self._on_device = (
-                given_LNK.to(device, non_blocking=True),
-                replayed_N.to(device, non_blocking=True),
-                follows_N.to(device, non_blocking=True),
-            )
-        return self._on_device
 
 
 def _compare(
-    live_LNK: torch.Tensor, given_LNK: torch.Tensor, replayed_N: torch.Tensor, follows_N: torch.Tensor
+    live_LNK: torch.Tensor,
+    given_LNK: torch.Tensor,
+    used_LN: torch.Tensor,
+    replayed_N: torch.Tensor,
+    follows_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[L, 7]` counts, and `[N]` bool: tokens that differ in any of these layers."""
+    """`[L, 8]` counts, and `[N]` bool: tokens that differ in any of these layers."""
     hits_LN = _shared(live_LNK, given_LNK)
     same_LN = hits_LN == given_LNK.shape[2]
     pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence
-    counts_L7 = torch.stack(
+    counts_L8 = torch.stack(
         [
             (hits_LN * replayed_N).sum(1),
             (same_LN & replayed_N).sum(1),
-            pair.sum().expand(len(hits_LN)),
             (hits_LN[:, 1:] * pair).sum(1),
             (_shared(live_LNK[:, 1:], given_LNK[:, :-1]) * pair).sum(1),
             (hits_LN[:, :-1] * pair).sum(1),
             (_shared(live_LNK[:, :-1], given_LNK[:, 1:]) * pair).sum(1),
+            used_LN.sum(1),
+            (used_LN & ~same_LN).sum(1),
         ],
         1,
     )
-    return counts_L7, (~same_LN & replayed_N).any(0)
-
-
-def _share(count: float, of: int) -> float:
-    """A share of nothing is not a number."""
-    return count / of if of else float("nan")
+    return counts_L8, (~same_LN & replayed_N).any(0)
 
 
 def _shared(a_LNK: torch.Tensor, b_LNK: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
-from moetrace.replayer.align import AlignedRoutes, Missing, TokenMode, align
-from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.align import Missing, align
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
+from moetrace.replayer.policy import ReplayPolicy
+from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
 
@@ -34,9 +41,9 @@ class ReplaySession(RoutingSession):
 
     def __init__(self, routes: AlignedRoutes) -> None:
         self.routes = routes
-        self._monitor = OverlapMonitor(routes)
-        self._live_somewhere = routes.count(TokenMode.REPLAY) < routes.num_tokens
-        self._device_routes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._upload = RoutesUpload(routes)
+        self._monitor = OverlapMonitor(routes, self._upload)
+        self._live_somewhere = routes.margin is not None or routes.count(TokenMode.REPLAY) < routes.num_tokens
 
     def on_selection(self, selection: Selection) -> None:
         tokens = selection.live_NK.shape[0]
@@ -47,12 +54,14 @@ class ReplaySession(RoutingSession):
                 got=f"{tokens}",
                 fix="Call the model with the very input_ids given to replay, whole: no generation, no token shards.",
             )
-        experts_LNK, replayed_N1 = self._on(selection.live_NK.device)
+        experts_LNK, used_N, _ = self._upload.on(selection.live_NK.device)
         given_NK = experts_LNK[selection.site.index].long()
+        if self.routes.margin is not None:
+            used_N = used_N & (selection.margin_N() < self.routes.margin)
         if not selection.recompute:
-            self._monitor.observe(selection.site.index, selection.live_NK)
+            self._monitor.observe(selection.site.index, selection.live_NK, used_N)
         if self._live_somewhere:
-            given_NK = torch.where(replayed_N1, given_NK, selection.live_NK)
+            given_NK = torch.where(used_N[:, None], given_NK, selection.live_NK)
         selection.indices_NK = given_NK
 
     @property
@@ -60,22 +69,24 @@ class ReplaySession(RoutingSession):
         """How many forward passes were replayed so far."""
         return self._monitor.forwards
 
-    def stats(self) -> ReplayStats:
-        """How the live router agreed with the replayed routes so far. Waits for the device."""
-        return self._monitor.stats()
+    def counts(self) -> ReplayCounts:
+        """What was counted so far, as whole numbers that add up over sessions. Waits for the device."""
+        return self._monitor.counts()
 
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if device not in self._device_routes:
-            experts = self.routes.experts_LNK
-            experts_LNK = torch.from_numpy(experts if experts.itemsize == 1 else experts.astype("int32"))
-            replayed_N1 = torch.from_numpy(self.routes.mode_N == TokenMode.REPLAY)[:, None]
-            if device.type == "cuda":
-                experts_LNK, replayed_N1 = experts_LNK.pin_memory(), replayed_N1.pin_memory()
-            self._device_routes[device] = (
-                experts_LNK.to(device, non_blocking=True),
-                replayed_N1.to(device, non_blocking=True),
-            )
-        return self._device_routes[device]
+    def stats(self, group: dist.ProcessGroup | None = None) -> ReplayStats:
+        """How the live router agreed with the replayed routes so far. Waits for the device.
+
+        Args:
+            group: pool the counts of these ranks, exactly; all of them must call. Ranks that share a batch
+                (tensor parallelism) count it once each, so pass the data-parallel group; or
+                `torch.distributed.group.WORLD`. None: this rank alone.
+        """
+        counts = self.counts()
+        if group is not None:
+            of_ranks: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(of_ranks, counts, group=group)
+            counts = reduce(add, of_ranks)
+        return counts.stats()
 
 
 @contextmanager
@@ -88,6 +99,8 @@ def replay(
     position_ids: Any = None,
     cu_seqlens: Any = None,
     missing: Missing | Any = "error",
+    policy: ReplayPolicy | None = None,
+    response_mask: Any = None,
     on_shift: OnShift = "error",
 ) -> Iterator[ReplaySession]:
     """Route the forwards inside the context as recorded.
@@ -97,11 +110,12 @@ def replay(
     Backward passes (with activation checkpointing enabled on the model) may run inside the context or after it.
 
     Args:
-        model: a transformers MoE model, not compiled.
+        model: a transformers MoE model, not compiled; as it is, or inside DistributedDataParallel and the like.
         traces: one for each sequence of the batch in memory order, or routes that `align` made.
         input_ids: `[B, S]` token ids of the batch (CPU tensors spare a wait for the GPU).
         attention_mask, position_ids, cu_seqlens: how sequences lie in it, see `moetrace.batch.segments_of`.
         missing: what tokens without a row do: "error", "live" or a bool array `[B, S]`; see `align`.
+        policy, response_mask: which rows are replayed; see `align`.
         on_shift: what happens at the end when the routes would fit the live router better shifted by one token.
 
     Yields:
@@ -116,6 +130,10 @@ def replay(
         raise ReplayError("on_shift is unknown", expected="'error', 'warn' or 'ignore'", got=repr(on_shift))
     tap = tap_model(model)
     if isinstance(traces, AlignedRoutes):
+        if policy is not None or response_mask is not None:
+            raise ReplayError(
+                "aligned routes have a policy already", expected="neither policy nor response_mask", got="one of them"
+            )
         routes = traces
     elif input_ids is None:
         raise ReplayError("replay needs the batch's token ids", expected="input_ids=[B, S]", got=None)
@@ -127,6 +145,8 @@ def replay(
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             missing=missing,
+            policy=policy,
+            response_mask=response_mask,
         )
     _require_model(routes, tap, type(model).__name__)
     session = ReplaySession(routes)
@@ -136,10 +156,10 @@ def replay(
         raise ReplayError(
             "nothing was replayed: the model did not run inside the context",
             expected=f"a forward of this {type(model).__name__} on this thread",
-            fix="Call the very model given to replay, not a copy of it.",
+            fix="Call the very model given to replay, or its data-parallel wrapper, not a copy of it.",
         )
     if on_shift != "ignore":
-        _judge_shift(session.stats(), on_shift)
+        judge_shift(session.stats(), on_shift)
 
 
 def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
@@ -151,6 +171,12 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
             got=f"{routes.fingerprint[:16]}...",
             fix="Replay with the architecture and vocabulary that generated the rollout.",
         )
+    if routes.margin is not None and tap.in_turn:
+        raise ReplayError(
+            f"{name} chooses its experts in turn, so a margin between the K-th and the next score means nothing",
+            expected="routes without a margin",
+            got=f"margin {routes.margin}",
+        )
     if routes.order != "rank" and tap.in_turn:
         raise ReplayError(
             f"{name} weighs an expert by which were chosen before it, and the traces do not say that",
@@ -160,7 +186,7 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
         )
 
 
-def _judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
+def judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
     if not stats.shifted:
         return
     alarm = ShiftedRoutesError(

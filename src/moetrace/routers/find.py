@@ -56,6 +56,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
         UnsupportedRouterError: it has experts, but a router is missing, of a second layer of the same number (as
             draft heads may have), or unlike the others.
     """
+    model = unwrapped(model)
     modules = [(name, module) for name, module in model.named_modules() if not _NOT_TEXT.search(name)]
     experts = [name for name, module in modules if _is_experts(module)]
     found = [(name, module) for name, module in modules if _is_router(module)]
@@ -101,6 +102,13 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     return tuple(
         RouterSite(index, layer, name, module, num_experts, top_k) for index, (layer, name, module) in enumerate(sites)
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that hold it as `module`: DistributedDataParallel's, DeepSpeed's."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 def layout_of(model: nn.Module) -> MoeLayout:
@@ -157,7 +165,9 @@ def fingerprint_of(model: nn.Module, sites: Sequence[RouterSite] | None = None) 
 
 def traits_of(module: nn.Module) -> RouterTraits:
     """How a router differs from the common shape."""
-    traits = TRAITS.get(type(module).__name__, COMMON)
+    # by its ancestors too: FSDP2 replaces a module's class by a subclass of another name
+    names = (kind.__name__ for kind in type(module).__mro__)
+    traits = next((TRAITS[name] for name in names if name in TRAITS), COMMON)
     return traits if callable(getattr(module, traits.method, None)) else COMMON
 
 
@@ -219,7 +229,7 @@ def _stack(name: str) -> str:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -20,6 +20,16 @@ _MAX = {torch.max, torch.Tensor.max}
 _SCORED_OF_GROUP = 2
 """DeepSeek-V3 and its kin rank groups by their two best scores: with one group and K = 2, on `[N, 1, E]`."""
 _MASKED_FILL = {torch.masked_fill, torch.Tensor.masked_fill}
+_SCORING = {
+    torch.softmax: "softmax",
+    torch.Tensor.softmax: "softmax",
+    torch.nn.functional.softmax: "softmax",
+    torch.sigmoid: "sigmoid",
+    torch.Tensor.sigmoid: "sigmoid",
+    torch.nn.functional.sigmoid: "sigmoid",
+    torch.nn.functional.softplus: "softplus",
+}
+"""What a router may make of its logits, before it selects or of those it has selected."""
 
 
 @dataclass
@@ -33,6 +43,10 @@ class Selection:
         indices_NK: int64 indices the router will use; equal to `live_NK` unless a replay changed them.
         recompute: True in the second forward of activation checkpointing.
         in_place: True if the indices lie already where the session's `indices_out` wanted them.
+        scoring: "softmax", "sigmoid" or "softplus": what the router makes of its logits. A router that selects by its
+            logits does so afterwards: "" until then.
+        logits_NE: the logits, as far as they can be seen: what was scored, `scores_NE` if nothing was until now.
+        groups: (scores [N, G], k) of each top-k over groups of experts that limits this one.
     """
 
     site: RouterSite
@@ -42,6 +56,22 @@ class Selection:
     sorted: bool
     recompute: bool
     in_place: bool = False
+    scoring: str = ""
+    logits_NE: torch.Tensor | None = None
+    groups: tuple[tuple[torch.Tensor, int], ...] = ()
+
+    def margin_N(self) -> torch.Tensor:
+        """`[N]` float32: by how much the K-th best score leads the next one. No host synchronisation.
+
+        It is a difference of the very scores that the router selects by, since these decide: probabilities for a
+        router that ranks by a softmax, logits, or sigmoids with their correction bias. So thresholds of two families do
+        not compare. Where groups are chosen first, a tie between groups changes the experts too: the margin is then the
+        smaller one of both choices. Infinite where there is no next one.
+        """
+        margin_N = _lead(self.scores_NE, self.live_NK.shape[1])
+        for scores_NG, top_k in self.groups:
+            margin_N = torch.minimum(margin_N, _lead(scores_NG, top_k))
+        return margin_N
 
 
 class RoutingSession:
@@ -77,6 +107,9 @@ class SelectionMode(TorchFunctionMode):
         self.turns = 0
         self.used: torch.Tensor | None = None
         self.masked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.groups: list[tuple[torch.Tensor, int]] = []
+        self.scoring = ""
+        self.logits: torch.Tensor | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -87,7 +120,25 @@ class SelectionMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _MASKED_FILL:
             self.masked.append((result, args[0]))
+        elif func in _TOPK and self.used is None:
+            self._note_groups(*args, **kwargs)
+        elif func in _SCORING:
+            self._note_scoring(_SCORING[func], *args, **kwargs)
         return result
+
+    def _note_groups(self, input: torch.Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:
+        """Parameters are those of torch.topk; called for any that does not select experts.
+
+        One score for each group of a token is of groups; scores within each group, `[N, G, E / G]`, are not.
+        """
+        if input.ndim == 2 and dim in (-1, 1) and input.shape[1] < self.site.num_experts:
+            self.groups.append((input, k))
+
+    def _note_scoring(self, scoring: str, input: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.selections:
+            self.selections[-1].scoring = self.selections[-1].scoring or scoring
+        elif input.ndim > 1 and input.shape[-1] == self.site.num_experts:
+            self.scoring, self.logits = scoring, input
 
     def _selects_experts(
         self,
@@ -123,7 +174,19 @@ class SelectionMode(TorchFunctionMode):
         """Ask the sessions; the indices to use, those of `live` itself unless one of them changed them."""
         live_NK = live.reshape(-1, self.site.top_k)
         scores_NE = scores.reshape(-1, self.site.num_experts)
-        selection = Selection(self.site, scores_NE, live_NK, live_NK, is_sorted, self.recompute, in_place)
+        logits_NE = scores_NE if self.logits is None else self.logits.reshape(-1, self.site.num_experts)
+        selection = Selection(
+            self.site,
+            scores_NE,
+            live_NK,
+            live_NK,
+            is_sorted,
+            self.recompute,
+            in_place,
+            self.scoring,
+            logits_NE,
+            tuple(self.groups),
+        )
         for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
             session.on_selection(selection)  # replay first, so that a recording keeps what was really used
         self.selections.append(selection)
@@ -186,6 +249,14 @@ class SelectionMode(TorchFunctionMode):
                 expected="the indices of the top-k among its outputs",
                 got=type(output).__name__,
             )
+
+
+def _lead(scores_NX: torch.Tensor, top_k: int) -> torch.Tensor:
+    """`[N]` float32: the K-th best score less the next one."""
+    if scores_NX.shape[1] <= top_k:
+        return torch.full((len(scores_NX),), torch.inf, device=scores_NX.device)
+    best_NX = scores_NX.detach().topk(top_k + 1).values.float()
+    return best_NX[:, top_k - 1] - best_NX[:, top_k]
 
 
 def _in_turn(scores: torch.Tensor, top_k: int) -> torch.Tensor:

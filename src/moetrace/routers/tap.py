@@ -22,12 +22,14 @@ from torch import nn
 
 from moetrace.errors import ReplayError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
-from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of
+from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
 
 _CHECKPOINT_MODULE = "torch.utils.checkpoint"
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
+_CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
 _MARK = "_moetrace_tapped"
+_ABSENT = object()
 
 
 class ModelTap:
@@ -42,7 +44,7 @@ class ModelTap:
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
         self._users = 0
-        self._undo: list[Callable[[], None]] = []
+        self._shadows: list[_Shadow] = []
         self._thread = _ThreadState()
 
     @property
@@ -57,11 +59,19 @@ class ModelTap:
         return any(traits_of(site.module).in_turn for site in self.sites)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Keep the taps in the model's routers for the length of the context."""
+    def installed(self, *, again: bool = False) -> Iterator[None]:
+        """Keep the taps in the model's routers for the length of the context.
+
+        Args:
+            again: put back what the last one put there, if nobody has touched it since, without a look at every module:
+                a backward after the `with` block installs once for each checkpointed layer.
+        """
         with self._lock:
             if self._users == 0:
-                self._install()
+                if not (again and self._shadows and all(shadow.fits() for shadow in self._shadows)):
+                    self._prepare()
+                for shadow in self._shadows:
+                    shadow.put()
             self._users += 1
         try:
             yield
@@ -69,7 +79,8 @@ class ModelTap:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    self._uninstall()
+                    for shadow in reversed(self._shadows):
+                        shadow.remove()
 
     @contextmanager
     def active(self, *sessions: RoutingSession) -> Iterator[None]:
@@ -77,39 +88,24 @@ class ModelTap:
         with self.installed(), self._thread.using(self._thread.sessions + sessions, self._thread.recompute, False):
             yield
 
-    def _install(self) -> None:
+    def _prepare(self) -> None:
+        """Find what is to be replaced, in the model as it is now."""
         methods = [(site, traits_of(site.module).method) for site in self.sites]
         for site, method in methods:
             if hasattr(vars(site.module).get(method), _MARK):
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
-                    fix="Pass the model itself each time, not its decoder or a wrapper of it.",
+                    fix="Pass the same model each time, not its decoder; a data-parallel wrapper of it will do.",
                 )
-        for site, method in methods:
-            self._replace(site.module, method, self._tapped(site, getattr(site.module, method)))
+        self._shadows = [
+            _Shadow(site.module, method, self._tapped(site, getattr(site.module, method))) for site, method in methods
+        ]
         model = self._model()  # gone, perhaps, while a backward of it is still to come: then its routers are enough
         for module in model.modules() if model is not None else ():
-            if callable(getattr(module, _CHECKPOINT_ATTRIBUTE, None)):
-                followed = self._followed(getattr(module, _CHECKPOINT_ATTRIBUTE))
-                self._replace(module, _CHECKPOINT_ATTRIBUTE, followed)
-
-    def _uninstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _replace(self, module: nn.Module, name: str, value: Callable) -> None:
-        """Shadow an attribute on one instance; remembered so that detaching restores what was there."""
-        had_own, before = name in vars(module), vars(module).get(name)
-
-        def undo() -> None:
-            if had_own:
-                setattr(module, name, before)
-            else:
-                delattr(module, name)
-
-        setattr(module, name, value)
-        self._undo.append(undo)
+            attribute = _checkpoint_attribute(module)
+            if attribute:
+                self._shadows.append(_Shadow(module, attribute, self._followed(getattr(module, attribute))))
 
     def _tapped(self, site: RouterSite, forward: Callable) -> Callable:
         traits = traits_of(site.module)
@@ -150,12 +146,43 @@ class ModelTap:
             def follow(*inner_args: Any, **inner_kwargs: Any) -> Any:
                 nonlocal passes
                 passes += 1
-                with self.installed(), self._thread.using(sessions, passes > 1, True):
+                with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
                     return function(*inner_args, **inner_kwargs)
 
             return checkpoint(follow, *args, **kwargs)
 
         return checkpoint_with_sessions
+
+
+class _Shadow:
+    """An attribute of one module that is replaced for a while, and then is what it was.
+
+    It goes by the module's own dictionary: the setters of `nn.Module` would cost more than the rest of a replay.
+    """
+
+    def __init__(self, module: nn.Module, name: str, value: Callable) -> None:
+        self._module = weakref.ref(module)  # a tap that is kept must not keep its model
+        self._name, self._value = name, value
+        self._before = vars(module).get(name, _ABSENT)
+
+    def fits(self) -> bool:
+        """Whether the attribute is what it was before."""
+        module = self._module()
+        return module is not None and vars(module).get(self._name, _ABSENT) is self._before
+
+    def put(self) -> None:
+        module = self._module()
+        if module is not None:
+            vars(module)[self._name] = self._value
+
+    def remove(self) -> None:
+        module = self._module()
+        if module is None:
+            return
+        if self._before is _ABSENT:
+            vars(module).pop(self._name, None)
+        else:
+            vars(module)[self._name] = self._before
 
 
 class _ThreadState(threading.local):
@@ -180,6 +207,20 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _checkpoint_attribute(module: nn.Module) -> str | None:
+    """The attribute by which a module puts what it runs under an activation checkpoint.
+
+    transformers gives its layers one. torch's `checkpoint_wrapper`, which accelerate and torchtitan use, has another.
+    """
+    own = vars(module)
+    if callable(own.get(_CHECKPOINT_ATTRIBUTE)):
+        return _CHECKPOINT_ATTRIBUTE
+    wrapper, attribute = _CHECKPOINT_WRAPPER
+    if attribute in own and any(kind.__name__ == wrapper for kind in type(module).__mro__):  # FSDP2 derives from it
+        return attribute
+    return None
+
+
 def _refuse_drawing(site: RouterSite) -> None:
     raise UnsupportedRouterError(
         f"router {site.name} ({type(site.module).__name__}) draws its experts at random in training mode",
@@ -195,15 +236,16 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
         if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
-                expected="model.gradient_checkpointing_enable(...), called before the replay began",
+                expected="model.gradient_checkpointing_enable(...) or checkpoint_wrapper, before the replay began",
                 got="torch.utils.checkpoint applied by other means",
-                fix="Its recomputation would use live routes; enable checkpointing through the model instead.",
+                fix="Its recomputation would use live routes; enable checkpointing in one of these ways instead.",
             )
         frame = frame.f_back  # type: ignore[assignment]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+    # not by the name of the class: FSDP2 replaces it
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 _taps: weakref.WeakKeyDictionary[nn.Module, ModelTap] = weakref.WeakKeyDictionary()
@@ -222,6 +264,7 @@ def tap_model(model: nn.Module) -> ModelTap:
             expected="the eager model, with no compiled module in it",
             fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
         )
+    model = unwrapped(model)
     with _taps_lock:
         tap = _taps.get(model)
         if tap is None or not _is_current(tap, model):
@@ -231,7 +274,12 @@ def tap_model(model: nn.Module) -> ModelTap:
 
 def _is_current(tap: ModelTap, model: nn.Module) -> bool:
     """False once a router has been wrapped, replaced or removed."""
-    try:
-        return all(model.get_submodule(site.name) is site.module for site in tap.sites)
-    except AttributeError:
-        return False
+    return all(_submodule(model, site.name) is site.module for site in tap.sites)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """`get_submodule` by the module's own tables: a replay begins with one look at every router."""
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module

@@ -83,9 +83,13 @@ class FakeSGLang(FakeEngine):
 
 
 class FakeVLLM(FakeEngine):
+    """Its stream brings all rows with the last tokens; an abort, here, finds its request ended."""
+
     def __init__(self, form: DyeForm, tokens_endpoint: bool) -> None:
         super().__init__(form)
         self._path = "/inference/v1/generate" if tokens_endpoint else "/v1/completions"
+        self.names: list[str] = []
+        self.aborted: list[str] = []
 
     def reply(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
@@ -94,22 +98,34 @@ class FakeVLLM(FakeEngine):
         if path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "dye", "owned_by": "vllm", "max_model_len": 2048}]})
         if path == "/openapi.json":
-            return httpx.Response(200, json={"paths": {self._path: {}}})
+            return httpx.Response(200, json={"paths": {self._path: {}, "/abort_requests": {}}})
+        if path == "/abort_requests":
+            self.aborted += json.loads(request.content)["request_ids"]
+            return httpx.Response(200)
         if path != self._path:
             return httpx.Response(404)
         body = json.loads(request.content)
         sampling, prompt = body.get("sampling_params", body), body.get("token_ids") or body["prompt"]
+        self.names.append(body.get("request_id", ""))
         if sampling.get("routed_experts_prompt_start", 0) >= len(prompt):
             return httpx.Response(400, json={"error": {"message": "routed_experts_prompt_start must be below P"}})
+        if not 0 <= sampling["temperature"] <= 2:
+            return httpx.Response(400, json={"error": {"message": "temperature must be in [0, 2]"}})
         choices: list[dict[str, Any]] = []
         for index in range(sampling["n"]):
-            hot = sampling["temperature"] > 0
+            hot = "allowed_token_ids" in sampling
             output, reason = self.output(prompt, sampling["max_tokens"], hot, sampling["ignore_eos"])
             ids = routes(self.form, [*prompt, *output][:-1])[sampling.get("routed_experts_prompt_start", 0) :]
             file = io.BytesIO()
             np.save(file, ids.astype(np.uint8))
             data = base64.b64encode(file.getvalue()).decode()
             choices.append({"index": index, "finish_reason": reason, "token_ids": output, "routed_experts": data})
+        if body.get("stream"):
+            [last] = choices
+            first = {"index": 0, "token_ids": last["token_ids"][:-1], "finish_reason": None, "routed_experts": None}
+            events = [first, last | {"token_ids": last["token_ids"][-1:]}]
+            text = "".join(f"data: {json.dumps({'choices': [event]})}\n\n" for event in events)
+            return httpx.Response(200, text=text + "data: [DONE]\n\n")
         return httpx.Response(200, json={"choices": choices[::-1]})
 
 

@@ -18,6 +18,7 @@ from moetrace.conformance.dye.form import DyeForm, digits_for
 from moetrace.conformance.suite import Answer, Ask, Plan, Report, Rows, check_engine, run_suite
 from moetrace.conformance.suite.adapters.http import HttpSubject
 from moetrace.conformance.suite.adapters.opening import open_subject
+from moetrace.conformance.suite.adapters.vllm import sampling_of
 from moetrace.errors import CheckError, LackingError
 
 DIGITS = digits_for(1024, two=True)
@@ -29,11 +30,12 @@ ENGINES: dict[str, Callable[[DyeForm], FakeEngine]] = {
     "vllm completions": lambda form: FakeVLLM(form, tokens_endpoint=False),
     "lightllm": FakeLightLLM,
 }
+AT_END = "start at the prompt's end"
 LACKS = {
     "sglang": {"scoring", "abort"},
-    "vllm": {"scoring", "streamed", "abort"},
-    "vllm completions": {"scoring", "streamed", "start offset", "abort"},
-    "lightllm": {"scoring", "streamed", "start offset", "abort"},
+    "vllm": {"scoring", AT_END},
+    "vllm completions": {"scoring", "streamed", "start offset", AT_END, "abort"},
+    "lightllm": {"scoring", "streamed", "start offset", AT_END, "abort"},
 }
 
 
@@ -64,8 +66,29 @@ def test_a_sound_engine_of_every_dialect_passes(name: str, tmp_path: Path) -> No
     assert set(skipped) - {"abort"} == lacks
     assert all(skipped.values())
     assert report.rows > 5000
-    [offsets] = [check for check in report.checks if check.name == "start offset"]
-    assert ["must be below P" in note for note in offsets.notes] == ([True] if name == "vllm" else [])
+    assert ("must be below P" in skipped.get(AT_END, "")) == (name == "vllm")
+
+
+def test_vllm_aborts_by_the_name_that_its_server_gives_a_request() -> None:
+    engine = FakeVLLM(FORM, tokens_endpoint=True)
+
+    async def run() -> list[Answer]:
+        subject = await open_subject("http://engine", FORM, client=engine.client())
+        return list(await subject.ask(Ask((1, 2, 3), 6, abort_after=2)))
+
+    [answer] = asyncio.run(run())
+    assert answer.rows is not None
+    assert len(answer.rows.ids_TLK) == 8
+    [name] = engine.aborted
+    assert name.startswith("generate-tokens-")
+    assert name.removeprefix("generate-tokens-") in engine.names
+
+
+def test_vllm_samples_part_though_it_takes_no_temperature_above_2() -> None:
+    warm, hot = (sampling_of(Ask((1,), 4, n=2, temperature=degrees), FORM) for degrees in (1.5, 100.0))
+    assert "allowed_token_ids" not in warm
+    assert hot["temperature"] == 2
+    assert 8 < len(hot["allowed_token_ids"]) < FORM.vocab_size / 8
 
 
 def bent(engine: FakeEngine, bend: Callable[[dict], object]) -> httpx.AsyncClient:

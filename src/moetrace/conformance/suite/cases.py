@@ -65,8 +65,8 @@ async def scoring(session: Session) -> None:
 
 
 async def streamed(session: Session) -> None:
-    """Streams bring the same rows, each once, however they are cut into pieces."""
-    sizes = [(7, 1), (20, 40), (70, 24)]
+    """Streams bring the same rows, each once, however they are cut into pieces; also where many run at once."""
+    sizes = [(7, 1), (20, 40), (70, 24), *[(30, 24)] * (session.plan.requests // 8)]
     await session.all([Ask(session.tokens(prompt), output, stream=True) for prompt, output in sizes], optional=True)
 
 
@@ -80,10 +80,6 @@ async def offsets(session: Session) -> None:
     """A start offset spares the rows of earlier turns: the payload is exactly the suffix."""
     prompt = session.tokens(40)
     await session.all([Ask(prompt, 9, start=start, cached=40) for start in (1, 17, 39)], optional=True)
-    try:
-        await session.one(Ask(prompt, 9, start=40, cached=40), optional=True)
-    except LackingError as error:
-        session.tally.notes.append(f"a start at the end of the prompt is refused: {error.what}")
     first = session.tokens(24)
     for answer in await session.one(Ask(first, 12)):
         turn = (*first, *answer.output, *session.tokens(6))
@@ -213,6 +209,18 @@ async def weights(session: Session) -> None:
         await asyncio.gather(*running, return_exceptions=True)
 
 
+async def offset_at_end(session: Session) -> None:
+    """A start at the end of the prompt gets the rows of the output, or is refused; the engine lives on."""
+    prompt, refusal = session.tokens(40), None
+    try:
+        await session.one(Ask(prompt, 9, start=40, cached=40), optional=True)
+    except LackingError as error:
+        refusal = error
+    await session.one(Ask(session.tokens(12), 5))
+    if refusal is not None:
+        raise refusal
+
+
 CASES: Sequence[Case] = (
     Case("length", length),
     Case("one-token prompt", one_token),
@@ -231,5 +239,6 @@ CASES: Sequence[Case] = (
     Case("dtype edges", edges),
     Case("determinism", repeatable),
     Case("weight update", weights),
+    Case("start at the prompt's end", offset_at_end),
 )
-"""The checks in the order they run: the plain ones first, the one that changes the engine last."""
+"""The checks in the order they run: the plain ones first, those that change the engine, or end some, last."""

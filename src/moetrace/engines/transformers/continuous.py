@@ -62,6 +62,8 @@ class BatchLoop:
         self.join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
         self.join(self._cache, "free_blocks", self._free)
         self.join(self._offloading, "offload_requests", self._preempt)
+        if self.device.type == "cuda" and not self._processor.use_async_batching:
+            self.join(self._processor, "_generation_step", self._after_inputs)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +81,7 @@ class BatchLoop:
         self.join(self._processor, "_generation_step", self._launch)
         self.join(self._processor, "update_batch", self._update)
         self.join(self._runner, "_get_forward_fn", self._forward_fn)
-        io = self._processor.inputs_and_outputs
-        for device_io in [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]:
+        for device_io in self._device_ios():
             self.join(device_io, "_get_graph_key", lambda own: (*own(), listener.is_on))
         copy = "perform_cache_copy" if hasattr(self._cache, "perform_cache_copy") else "copy_cache"
         self.join(self._cache, copy, self._copy)
@@ -103,9 +104,12 @@ class BatchLoop:
         self._wake_up.set()
 
     def close(self) -> None:
-        """Leave the manager as it was; tasks that were never run fail."""
+        """Leave the manager as it was; tasks that were never run fail. CUDA graphs go now, before their memory pool:
+        garbage collection keeps no order, and comes at any time."""
         while self._undo:
             self._undo.pop()()
+        for device_io in self._device_ios():
+            device_io.graphs = type(device_io.graphs)()
         while not self._tasks.empty():
             self._tasks.get()[1].set_exception(EngineError("the engine stopped before this was done"))
 
@@ -152,6 +156,11 @@ class BatchLoop:
 
         setattr(owner, name, joined)
         self._undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
+
+    def _device_ios(self) -> list[Any]:
+        """Where CUDA graphs are kept: two with asynchronous batching."""
+        io = self._processor.inputs_and_outputs
+        return [pair.device_io for pair in io.io_pairs] if hasattr(io, "io_pairs") else [io]
 
     def _between_steps(self, own: Callable[[], bool]) -> bool:
         while not self._tasks.empty():
@@ -248,6 +257,13 @@ class BatchLoop:
             for index, (was, now) in enumerate(zip(before, table, strict=True)):
                 if was != now:
                     self._listener.replaced(state.request_id, index, was)
+
+    def _after_inputs(self, own: Callable[..., None], model: nn.Module) -> None:
+        """Without asynchronous batching a step's inputs are written on the thread's current stream and read on the
+        compute stream, and neither waits: under load a step would compute the tokens of the step before it again."""
+        inputs_written = torch.cuda.current_stream(self.device)
+        self._processor.inputs_and_outputs.compute_stream.wait_stream(inputs_written)
+        own(model)
 
     def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
         assert self._listener is not None

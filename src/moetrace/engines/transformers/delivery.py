@@ -146,9 +146,12 @@ class Delivery:
         """Runs of equal weights; a row that is missing goes with the one before it."""
         valid = np.flatnonzero(rows.valid_T)
         versions = rows.versions_T[valid]
-        changes = [0, *(np.flatnonzero(np.diff(versions)) + 1)] if len(valid) else []
+        if not len(valid):
+            return []
+        changes = np.flatnonzero(versions[1:] != versions[:-1]) + 1
         return [
-            WeightSpan(int(valid[change]) if change else 0, self._versions[int(versions[change])]) for change in changes
+            WeightSpan(0, self._versions[int(versions[0])]),
+            *(WeightSpan(int(valid[change]), self._versions[int(versions[change])]) for change in changes),
         ]
 
     def _fail_pending(self, error: EngineError) -> None:

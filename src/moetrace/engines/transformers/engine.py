@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import time
@@ -55,13 +56,15 @@ class TransformersEngine:
         self._model, self._tokenizer = model, tokenizer
         self._eos_token_ids = loading.eos_token_ids(model)
         window = loading.window_of(text_config, config)
-        self._manager: Any = model.init_continuous_batching(  # type: ignore[operator]
-            generation_config=generation_config(self.vocab_size, self._eos_token_ids),
-            continuous_batching_config=loading.batching_config(model.device, window, config),
-        )
+        with loading.attention_kept(model):
+            self._manager: Any = model.init_continuous_batching(  # type: ignore[operator]
+                generation_config=generation_config(self.vocab_size, self._eos_token_ids),
+                continuous_batching_config=loading.batching_config(model.device, window, config),
+            )
         self._sampler = Sampler(self._manager, self.vocab_size, self._eos_token_ids)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
         self._sampler.attach(processor)
+        loading.clear_cache(processor.cache)
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
         self.max_model_len = min(window, self._cache_tokens)
         self._loop = BatchLoop(self._manager)
@@ -70,6 +73,7 @@ class TransformersEngine:
         self._capture: StepCapture | None = None
         if config.enable_return_routed_experts and self._manager.is_tp_driver:
             self._capture = StepCapture(model, self._loop, self.max_model_len)
+        gc.collect()  # what engines before this one left must not be freed while CUDA graphs are captured
         self._manager.warmup()
         self._ids = itertools.count()
         self._closing = False

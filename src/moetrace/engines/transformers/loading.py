@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +184,33 @@ def batching_config(device: torch.device, window: int, config: EngineConfig) -> 
         "default_compile_level": config.compile_level,
         "cpu_offload_space": config.cpu_offload_gib,
     }
+    if on_cpu:  # by itself it asks whether the machine has a GPU, not where the model is
+        values |= {"use_cuda_graph": False, "use_async_batching": False}
     known = ContinuousBatchingConfig.__dataclass_fields__
     if "page_size" in known:  # 5.18 and later call it so
         values["page_size"] = values.pop("block_size")
     return ContinuousBatchingConfig(**{name: value for name, value in values.items() if value is not None})
+
+
+@contextmanager
+def attention_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Where flash attention is installed, continuous batching switches every model to it, also those it cannot run:
+    models on a CPU, and in float32. Those keep their attention."""
+    if model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16):
+        yield
+        return
+    model._supports_flash_attn = False  # on this instance: what the switch looks at
+    try:
+        yield
+    finally:
+        del model._supports_flash_attn
+
+
+def clear_cache(cache: Any) -> None:
+    """Zero the keys and values. What was never written is read too, with a weight of zero, and zero times what happens
+    to lie in memory may be NaN. Releases after 5.17 do it themselves."""
+    for tensor in (*getattr(cache, "key_cache", ()), *getattr(cache, "value_cache", ())):
+        tensor.zero_()
 
 
 def page_size_of(batching_config: Any) -> int:

@@ -35,6 +35,8 @@ class Stops:
 
     def found(self, tokens: list[int]) -> bool:
         """Look at the tokens that came since the last call; True once something is complete."""
+        if not self:
+            return False
         while self.length is None and self._seen < len(tokens):
             self._seen += 1
             recent = tokens[max(0, self._seen - self._reach) : self._seen]

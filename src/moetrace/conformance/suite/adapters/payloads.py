@@ -9,13 +9,14 @@ import base64
 import binascii
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.suite.asking import Rows
-from moetrace.dialects import from_lightllm, from_sglang, from_vllm_http
+from moetrace.dialects import from_lightllm, from_sglang, from_vllm, from_vllm_http
 from moetrace.errors import CheckError, MoetraceError
 
 
@@ -66,14 +67,22 @@ def rows_of_vllm(payload: Any, tokens: Sequence[int], form: DyeForm, start: int)
         array = np.load(io.BytesIO(base64.b64decode(payload, validate=True)), allow_pickle=False)
     except (TypeError, ValueError, EOFError, binascii.Error) as error:
         raise CheckError("routed_experts cannot be read", expected="base64 of a .npy file", got=repr(error)) from error
+    read = partial(from_vllm_http, payload, tokens, form.layout, form.num_layers, start=start, order=form.order)
+    return _rows_of_array(array, _refusal(read))
+
+
+def rows_of_vllm_array(array: np.ndarray, tokens: Sequence[int], form: DyeForm, start: int) -> Rows:
+    """`CompletionOutput.routed_experts`, as vLLM returns it in process."""
+    read = partial(from_vllm, array, tokens, form.layout, form.num_layers, start=start, order=form.order)
+    return _rows_of_array(array, _refusal(read))
+
+
+def _rows_of_array(array: np.ndarray, refusal: str) -> Rows:
     if array.ndim != 3 or array.dtype.kind not in "iu":
         raise CheckError(
             "routed_experts has another form", expected="[T, L, K] integers", got=f"{array.shape} {array.dtype}"
         )
     ids_TLK = array.astype(np.int64)
-    refusal = _refusal(
-        lambda: from_vllm_http(payload, tokens, form.layout, form.num_layers, start=start, order=form.order)
-    )
     return Rows(ids_TLK, ~(ids_TLK == -1).all(axis=(1, 2)), all_layers=True, refusal=refusal)
 
 

@@ -1,0 +1,144 @@
+"""What a replay counts, as whole numbers that add up over microbatches and ranks, and the shares that follow.
+
+Axis: L MoE layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from moetrace.errors import LayoutMismatchError
+
+SHIFT_MARGIN = 0.05
+"""Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
+SHIFT_MIN_ROWS = 32
+"""Fewer neighbouring rows than this prove nothing."""
+
+
+@dataclass(frozen=True)
+class ReplayStats:
+    """What a replay did, pooled over its forwards (recomputations do not count), and over ranks where asked.
+
+    Attributes:
+        forwards: forward passes seen.
+        replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward.
+        overlap: mean share of the K live choices that the replayed row has too, 0..1; NaN when nothing was replayed.
+        router_mismatch: share of (token, layer) pairs where the live router would have chosen another set.
+        token_mismatch: share of replayed tokens where it would have in at least one layer.
+        overlap_per_layer: `overlap` of each MoE layer.
+        neighbour_rows: adjacent rows on which the two shifts were judged.
+        shift_gain: largest gain in overlap from replaying row t - 1 ("earlier") or t + 1 ("later") at token t;
+            negative when the given rows fit best.
+        best_shift: "earlier" or "later".
+        supplied: share of (token, layer) pairs with a row to replay whose router got it; below 1 with a margin only.
+        replaced: share of these pairs whose router got it and would have chosen another set: what the replay changed.
+    """
+
+    forwards: int
+    replayed_tokens: int
+    live_tokens: int
+    padding_tokens: int
+    overlap: float
+    router_mismatch: float
+    token_mismatch: float
+    overlap_per_layer: tuple[float, ...]
+    neighbour_rows: int
+    shift_gain: float
+    best_shift: str
+    supplied: float
+    replaced: float
+
+    @property
+    def coverage(self) -> float:
+        """Share of the tokens that are not padding that have a row to replay."""
+        return _share(self.replayed_tokens, self.replayed_tokens + self.live_tokens)
+
+    @property
+    def shifted(self) -> bool:
+        """True when the routes fit the live router better shifted by one token than as given."""
+        return self.neighbour_rows >= SHIFT_MIN_ROWS and self.shift_gain > SHIFT_MARGIN
+
+
+@dataclass(frozen=True)
+class ReplayCounts:
+    """Counts from which `ReplayStats` follow; add those of several batches, or of several ranks, to pool them.
+
+    Attributes:
+        top_k: K.
+        forwards: forward passes.
+        replayed_tokens, live_tokens, padding_tokens: tokens of each mode in one forward of each batch.
+        differing_tokens: replayed tokens of a batch whose live choice was another set in some layer of some forward.
+        neighbour_rows: adjacent replayed rows of one sequence, in one forward of each batch.
+        compared_tokens: replayed tokens times forwards.
+        compared_neighbours: neighbouring rows times forwards.
+        same_routers: (token, layer) pairs of all forwards whose live choice was the replayed set.
+        hits_L: experts that live choice and replayed row share, over `compared_tokens`.
+        earlier_gain: experts that the live choices of later neighbours share with the earlier row, minus those they
+            share with their own, over all layers.
+        later_gain: the same of earlier neighbours and the later row.
+        supplied_routers: (token, layer) pairs of all forwards whose router got the row.
+        replaced_routers: those of them whose live choice was another set.
+    """
+
+    top_k: int
+    forwards: int
+    replayed_tokens: int
+    live_tokens: int
+    padding_tokens: int
+    differing_tokens: int
+    neighbour_rows: int
+    compared_tokens: int
+    compared_neighbours: int
+    same_routers: int
+    hits_L: tuple[int, ...]
+    earlier_gain: int
+    later_gain: int
+    supplied_routers: int
+    replaced_routers: int
+
+    def __add__(self, other: ReplayCounts) -> ReplayCounts:
+        """The counts of both.
+
+        Raises:
+            LayoutMismatchError: they are of other numbers of layers or experts per token.
+        """
+        if (self.top_k, len(self.hits_L)) != (other.top_k, len(other.hits_L)):
+            raise LayoutMismatchError(
+                "counts of different models do not add up",
+                expected=f"{len(self.hits_L)} layers, top_k={self.top_k}",
+                got=f"{len(other.hits_L)} layers, top_k={other.top_k}",
+                fix="Pool over batches, and over ranks that hold the same layers.",
+            )
+        names = [field.name for field in fields(self) if field.name not in ("top_k", "hits_L")]
+        return ReplayCounts(
+            top_k=self.top_k,
+            hits_L=tuple(mine + theirs for mine, theirs in zip(self.hits_L, other.hits_L, strict=True)),
+            **{name: getattr(self, name) + getattr(other, name) for name in names},
+        )
+
+    def stats(self) -> ReplayStats:
+        """The shares that follow. Those of a sum are exact: no mean of means."""
+        seen = self.compared_tokens * len(self.hits_L)
+        pairs = max(self.compared_neighbours * len(self.hits_L) * self.top_k, 1)
+        gains = {"earlier": self.earlier_gain / pairs, "later": self.later_gain / pairs}
+        best = max(gains, key=lambda shift: gains[shift])
+        return ReplayStats(
+            forwards=self.forwards,
+            replayed_tokens=self.replayed_tokens,
+            live_tokens=self.live_tokens,
+            padding_tokens=self.padding_tokens,
+            overlap=_share(sum(self.hits_L), seen * self.top_k),
+            router_mismatch=_share(seen - self.same_routers, seen),
+            token_mismatch=_share(self.differing_tokens, self.replayed_tokens if seen else 0),
+            overlap_per_layer=tuple(_share(hits, self.compared_tokens * self.top_k) for hits in self.hits_L),
+            neighbour_rows=self.neighbour_rows if self.compared_neighbours else 0,
+            shift_gain=gains[best],
+            best_shift=best,
+            supplied=_share(self.supplied_routers, seen),
+            replaced=_share(self.replaced_routers, seen),
+        )
+
+
+def _share(count: int, of: int) -> float:
+    """A share of nothing is not a number."""
+    return count / of if of else float("nan")
