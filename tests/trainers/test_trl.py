@@ -15,12 +15,14 @@ from trl_runs import Forward, trainer_of, unlike_any, watching
 
 import moetrace
 from moetrace.errors import MissingRowError, NotMoeError, ReplayError, TokenMismatchError, UnsupportedRouterError
+from moetrace.replayer import ReplayPolicy
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
 from moetrace.trainers.trl import ReplayConfig
 from moetrace.trainers.trl.metrics import Distance
-from moetrace.trainers.trl.rollouts import Rollout, Rollouts
+from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 
+ROWS = {"policy": ReplayPolicy(rows=np.ones((2, 3), bool))}
 ANY_SHIFT = ReplayConfig(on_shift="ignore", compare_every=1)
 PAD, EOS = 257, 256
 
@@ -159,7 +161,7 @@ def test_kl_and_extreme_tokens_are_those_of_the_formulas() -> None:
     trainer = [-1.5, -9.0, -0.5, -3.0]
     distance = Distance(tau=2.0)
     distance.add_logprobs(
-        [Rollout(1, None, np.float32(rollout))],  # type: ignore[arg-type]
+        [Rollout(1, None, np.float32(rollout), np.ones(3, bool))],  # type: ignore[arg-type]
         torch.tensor([trainer]),
         torch.tensor([[1, 1, 1, 0]]),
     )
@@ -169,6 +171,23 @@ def test_kl_and_extreme_tokens_are_those_of_the_formulas() -> None:
     assert summary["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-6)
     assert summary["extreme_tokens"] == 0.5
     assert "router_mismatch" not in summary
+
+
+def test_a_policy_replays_the_rows_of_the_response_only(tmp_path: Path) -> None:
+    made = Made()
+    replay = ReplayConfig(policy=ReplayPolicy(rows="response"), on_shift="ignore", compare_every=0)
+    trainer = made_trainer(tmp_path, made, replay=replay, learning_rate=0.0)
+    with watching(trainer.model) as forwards:
+        trainer.train()
+    (forward,) = forwards
+    for row, (ids_S, mask_S) in enumerate(zip(forward.input_ids_BS.tolist(), forward.mask_BS.tolist(), strict=True)):
+        first, stop = mask_S.index(1), len(mask_S) - mask_S[::-1].index(1)
+        tokens = ids_S[first:stop]
+        replayed = slice(made.sequences[tuple(tokens)] - 1, len(tokens) - 1)
+        rows_TLK = unlike_any(tokens, made.model)
+        for layer, (ids_BSK,) in forward.received.items():
+            assert ids_BSK[row, first:stop][replayed].tolist() == rows_TLK[replayed, layer].tolist()
+            assert ids_BSK[row, first : first + replayed.start].tolist() != rows_TLK[: replayed.start, layer].tolist()
 
 
 def test_eval_is_replayed_too(tmp_path: Path) -> None:
@@ -262,7 +281,7 @@ def test_prompt_learning_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, more={"peft_config": tuning})
 
 
-@pytest.mark.parametrize("knob", [{"missing": "zeros"}, {"on_shift": "no"}, {"compare_every": -1}, {"tau": 1.0}])
+@pytest.mark.parametrize("knob", [{"missing": "zeros"}, {"on_shift": "no"}, {"compare_every": -1}, {"tau": 1.0}, ROWS])
 def test_knobs_are_checked(knob: dict[str, Any]) -> None:
     with pytest.raises(ReplayError, match=f"{next(iter(knob))} is out of range"):
         ReplayConfig(**knob)
@@ -289,6 +308,8 @@ def test_a_later_turn_keeps_the_rows_that_tokens_were_drawn_from() -> None:
     assert second.trace.experts_TLK[:, 0, 0].tolist() == [1, 1, 1, 3, 3, 3]
     assert np.isnan(second.logprobs).tolist() == [False, False, True, True, False]
     assert third.trace.num_tokens == 3
+    seen = response_mask([second, first], np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]))
+    assert seen.astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0]]
 
 
 def test_a_turn_that_continues_nothing_is_refused() -> None:

@@ -1,6 +1,6 @@
 """The sequences of one generation with their routes, turn by turn.
 
-P tokens of the first prompt, then whatever was generated or came from tools: `len(tokens) - P` of them.
+P tokens of the first prompt, then O tokens that were generated or came from tools. B sequences, S columns of a batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ class Rollout:
         trace: its routes, which know its tokens. TRL may have cut the sequence's end since.
         logprobs: float32, of each token after the prompt by the distribution it was drawn from; NaN where that is not
             known, or where the token was not drawn.
+        drawn: bool, of each token after the prompt; False for those of tools and environments.
     """
 
     num_prompt_tokens: int
     trace: RoutingTrace
     logprobs: np.ndarray
+    drawn: np.ndarray
 
     @classmethod
     def of_turn(
@@ -36,8 +38,9 @@ class Rollout:
         output: Sequence[int],
         trace: RoutingTrace | None,
         logprobs: Sequence[float | None] | None,
+        drawn: Sequence[int] | None = None,
     ) -> Rollout:
-        """A sequence of one turn.
+        """A sequence of one turn. `drawn` is 0 for tokens that came from elsewhere; None: all were drawn.
 
         Raises:
             ReplayError: it has no routes, or log-probabilities of other tokens.
@@ -58,7 +61,9 @@ class Rollout:
                 got=f"{trace.num_tokens} and {len(output if logprobs is None else logprobs)}",
             )
         known = [np.nan if value is None else value for value in logprobs or [None] * len(output)]
-        return cls(len(prompt), trace.with_tokens(tokens), np.array(known, np.float32))
+        drawn_O = np.ones(len(output), bool) if drawn is None else np.array(drawn, bool)
+        logprobs_O = np.where(drawn_O, np.array(known, np.float32), np.float32(np.nan))
+        return cls(len(prompt), trace.with_tokens(tokens), logprobs_O, drawn_O)
 
     def then(self, turn: Rollout) -> Rollout:
         """This sequence continued: rows that exist stay, since its tokens were drawn from them; `turn` has the rest."""
@@ -67,7 +72,17 @@ class Rollout:
             self.num_prompt_tokens,
             self.trace.concat(turn.trace.slice(self.trace.stop, turn.trace.stop)),
             np.concatenate([self.logprobs, np.full(given, np.nan, np.float32), turn.logprobs]),
+            np.concatenate([self.drawn, np.zeros(given, bool), turn.drawn]),
         )
+
+
+def response_mask(rollouts: Sequence[Rollout], mask_BS: np.ndarray) -> np.ndarray:
+    """`[B, S]` bool: the tokens that were drawn, where attention sees them."""
+    response_BS = np.zeros(mask_BS.shape, bool)
+    for rollout, mask_S, response_S in zip(rollouts, mask_BS.astype(bool), response_BS, strict=True):
+        tokens = np.flatnonzero(mask_S)[rollout.num_prompt_tokens :]
+        response_S[tokens] = rollout.drawn[: len(tokens)]
+    return response_BS
 
 
 class Rollouts:

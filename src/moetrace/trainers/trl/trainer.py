@@ -19,6 +19,7 @@ import torch
 import trl
 from torch import nn
 
+from moetrace.batch import to_numpy
 from moetrace.comparison import compare
 from moetrace.errors import ReplayError, UnsupportedRouterError
 from moetrace.recorder import record
@@ -27,7 +28,7 @@ from moetrace.routers import tap_model
 from moetrace.trainers.trl.config import ReplayConfig
 from moetrace.trainers.trl.metrics import Distance, agreement_of, coverage_of, shares
 from moetrace.trainers.trl.releases import require_supported_release
-from moetrace.trainers.trl.rollouts import Rollout, Rollouts
+from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 from moetrace.trainers.trl.server import ROUTES
 from moetrace.trainers.trl.sources import returning_routes, source_of
 
@@ -86,12 +87,8 @@ class RoutingReplay(_SomeTrainer):
                     got=sorted(output),
                     fix="Use moetrace.trainers.trl.ServerRollout, or add them to what yours returns.",
                 )
-            drawn = output.get("env_mask") or [[1] * len(ids) for ids in output["completion_ids"]]
-            logprobs = [
-                [value if own else None for value, own in zip(values, mask, strict=True)]
-                for values, mask in zip(output["logprobs"], drawn, strict=True)
-            ]
-            lists = output["prompt_ids"], output["completion_ids"], output.pop(ROUTES), logprobs
+            drawn = output.get("env_mask") or [None] * len(output["completion_ids"])
+            lists = output["prompt_ids"], output["completion_ids"], output.pop(ROUTES), output["logprobs"], drawn
             self._rollouts.add([Rollout.of_turn(*one) for one in zip(*lists, strict=True)])
             return output
 
@@ -169,6 +166,9 @@ class RoutingReplay(_SomeTrainer):
         config = self.replay_config
         traces = [rollout.trace for rollout in rollouts]
         options: dict[str, Any] = {"attention_mask": mask, "missing": config.missing, "on_shift": config.on_shift}
+        if config.policy is not None:
+            response = response_mask(rollouts, to_numpy(mask))
+            options |= {"policy": config.policy, "response_mask": response}
         with replay(self.model, traces, input_ids=ids, **options) as session:
             yield session
 
