@@ -9,8 +9,8 @@ from packaging.version import Version
 
 from moetrace.errors import ReplayError
 
-LOWEST, NEWEST = "1.15", "1.16"
-"""Minor releases; every patch of them counts."""
+SUPPORTED = "1.16"
+"""The minor release; every patch of it counts."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "_generate": ("prompts",),
@@ -24,14 +24,13 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 def require_supported_release() -> None:
     """Raise `ReplayError` where the installed TRL is not one that this module was tested with."""
-    supported = f"TRL {LOWEST} to {NEWEST}"
-    release = Version(trl.__version__).release[:2]
-    if not Version(LOWEST).release <= release <= Version(NEWEST).release:
+    supported = f"TRL {SUPPORTED}"
+    if Version(trl.__version__).release[:2] != Version(SUPPORTED).release:
         raise ReplayError(
             "this release of TRL is not supported: its GRPOTrainer may hand sequences on in another way",
             expected=supported,
             got=f"TRL {trl.__version__}",
-            fix=f"Run: pip install 'trl>={LOWEST},<1.{Version(NEWEST).release[1] + 1}'",
+            fix=f"Run: pip install 'trl=={SUPPORTED}.*'",
         )
     for name, expected in METHODS.items():
         method = getattr(trl.GRPOTrainer, name, None)
