@@ -315,7 +315,7 @@ def turn(tokens: list[int], num_prompt_tokens: int, first_expert: int) -> Rollou
 def test_a_later_turn_keeps_the_rows_that_tokens_were_drawn_from() -> None:
     rollouts = Rollouts()
     rollouts.add([turn([1, 2, 3], 2, 0), turn([1, 2, 4, 5], 2, 1), turn([1, 2, 3], 2, 2)])
-    rollouts.add([turn([1, 2, 4, 5, 9, 9, 6], 6, 3), turn([1, 2, 3, 9, 7], 4, 4)])
+    rollouts.add([turn([1, 2, 4, 5, 9, 9, 6], 6, 3), turn([1, 2, 3, 9, 7], 4, 4), turn([1, 2, 3, 8], 3, 5)])
     first, second, third = rollouts.sequences
     assert first.trace.experts_TLK[:, 0, 0].tolist() == [0, 0, 4, 4]
     assert first.logprobs.tolist()[:1] == [0]
@@ -323,7 +323,7 @@ def test_a_later_turn_keeps_the_rows_that_tokens_were_drawn_from() -> None:
     assert first.logprobs[2] == -4
     assert second.trace.experts_TLK[:, 0, 0].tolist() == [1, 1, 1, 3, 3, 3]
     assert np.isnan(second.logprobs).tolist() == [False, False, True, True, False]
-    assert third.trace.num_tokens == 3
+    assert third.trace.experts_TLK[:, 0, 0].tolist() == [2, 2, 5]  # equal to the first until then
     seen = response_mask([second, first], np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]))
     assert seen.astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0]]
 

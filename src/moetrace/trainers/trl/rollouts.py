@@ -92,8 +92,8 @@ class Rollouts:
         self.sequences: list[Rollout] = []
 
     def add(self, turn: Sequence[Rollout]) -> None:
-        """A first turn, or a later one of some sequences: each continues the first that it can and that has had none in
-        this turn. Sequences of one prompt may be equal, and then go on in their order.
+        """A first turn, or a later one of some sequences: each continues the first that it can. Sequences of one prompt
+        may be equal, and then go on in their order.
 
         Raises:
             ReplayError: a later turn continues no sequence.
@@ -101,18 +101,14 @@ class Rollouts:
         if not self.sequences:
             self.sequences = list(turn)
             return
-        waiting = list(range(len(self.sequences)))
         for rollout in turn:
-            for index in waiting:
-                if _continues(rollout, self.sequences[index]):
-                    break
-            else:
+            index = next((i for i, earlier in enumerate(self.sequences) if _continues(rollout, earlier)), None)
+            if index is None:
                 raise ReplayError(
                     "a later turn continues no sequence of this generation",
                     expected="a prompt that begins with the prompt and completion of an earlier turn",
                     got=f"{rollout.num_prompt_tokens} prompt tokens",
                 )
-            waiting.remove(index)
             self.sequences[index] = self.sequences[index].then(rollout)
 
 
