@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl_runs import Forward, trainer_of, unlike_any, watching
 
 import moetrace
-from moetrace.errors import MissingRowError, NotMoeError, ReplayError, TokenMismatchError, UnsupportedRouterError
+from moetrace.errors import (
+    MissingExtraError,
+    MissingRowError,
+    NotMoeError,
+    ReplayError,
+    TokenMismatchError,
+    UnsupportedRouterError,
+)
 from moetrace.replayer import ReplayPolicy
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
@@ -278,6 +287,14 @@ def test_a_changed_trainer_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", lambda self, batch: None)
     with pytest.raises(ReplayError, match="_compute_loss is another"):
         trainer_of(tmp_path)
+
+
+def test_where_trl_is_not_installed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("moetrace.trainers.trl")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'moetrace\[trl\]'"):
+        importlib.import_module("moetrace.trainers.trl")
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
