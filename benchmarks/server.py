@@ -279,7 +279,7 @@ async def trial_of(client: httpx.AsyncClient, port: int, parameters: Figures) ->
     for name, (first, last) in windows.items():
         figures[name] = {
             "gaps": gaps_within(seen["events"], first, last),
-            "late": max(late for at, late in seen["late"] if first <= at <= last + 0.002),
+            "late": max((late for at, late in seen["late"] if first <= at <= last + 0.002), default=0.0),
         }
     return figures
 

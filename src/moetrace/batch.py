@@ -51,13 +51,19 @@ class TokenBatch:
     def flags(self, values: Any, name: str) -> np.ndarray:
         """`[N]` bool of a mask that lies as the batch does; `ReplayError` unless it does."""
         values_BS, lengths = to_rows(values)
-        if values_BS.shape != self.shape or (lengths is not None and lengths != self.lengths):
+        alike = lengths is None and values_BS.shape == self.shape
+        if not alike and _lengths_of(values_BS.shape, lengths) != _lengths_of(self.shape, self.lengths):
             raise ReplayError(
                 f"{name} does not fit input_ids",
                 expected=f"shape {self.shape}" if self.lengths is None else f"rows of {self.lengths} tokens",
                 got=f"shape {values_BS.shape}" if lengths is None else f"rows of {lengths}",
             )
         return values_BS.astype(bool).reshape(-1)
+
+
+def _lengths_of(shape: tuple[int, ...], lengths: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of the rows of what may be jagged; jagged rows of one length are those of a plain batch."""
+    return shape[1:2] * shape[0] if lengths is None and len(shape) == 2 else lengths or ()
 
 
 def batch_of(

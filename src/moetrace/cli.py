@@ -16,6 +16,7 @@ from moetrace.commands.knobs import add_knobs, knobs_of
 from moetrace.commands.rollout import add_rollout
 from moetrace.engines.config import EngineConfig
 from moetrace.errors import MissingExtraError, MoetraceError
+from moetrace.server import memory
 from moetrace.server.config import ServerConfig
 
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    memory.keep_level()
     try:
         from moetrace.engines.transformers import TransformersEngine
         from moetrace.server import create_app, serve

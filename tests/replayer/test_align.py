@@ -410,6 +410,21 @@ def test_masks_lie_as_a_jagged_batch_does() -> None:
         align(traces, batch, missing=[[False, True], [False] * 3])
 
 
+def test_masks_of_rows_of_one_length_may_be_plain_or_jagged() -> None:
+    traces = [make_trace([1, 2, 3], valid=[True, False]), make_trace([4, 5, 6])]
+    ids, mask = [[1, 2, 3], [4, 5, 6]], [[0, 1, 0], [0, 0, 0]]
+    nested = [
+        torch.nested.nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged) for rows in (ids, mask)
+    ]
+    for batch in (ids, nested[0]):
+        for missing in (mask, nested[1]):
+            assert align(traces, batch, missing=missing).count(TokenMode.REPLAY) == 3
+        with refused(ReplayError, "missing does not fit"):
+            align(traces, batch, missing=[[0, 1], [0, 0], [0, 0]])
+        with refused(ReplayError, "missing does not fit"):
+            align(traces, batch, missing=[0, 1, 0])
+
+
 def test_a_jagged_view_with_holes_is_refused() -> None:
     """A model that is called with its values sees tokens that are in no row."""
     view = torch.nested.narrow(

@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrace import record, replay
 from moetrace.errors import ReplayError
 from moetrace.replayer import ReplaySession
+from moetrace.routers import ModelTap
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -351,6 +352,39 @@ def test_a_session_can_checkpoint_several_forwards(reentrant: bool) -> None:
     assert session.stats().forwards == 2
     assert all(np.array_equal(ids, microbatch.routes[:, 0]) for ids in ids_of(spy.calls[0], 0))
     assert_same_gradients(gradients_of(model), expected_gradients(name, microbatch, microbatch))
+
+
+@REENTRANT
+def test_a_backward_after_the_block_does_not_look_for_routers_layer_by_layer(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, own = list[ModelTap](), ModelTap._prepare
+
+    def look(tap: ModelTap) -> None:
+        looks.append(tap)
+        own(tap)
+
+    monkeypatch.setattr(ModelTap, "_prepare", look)
+    microbatch, model = Microbatch("mixtral", seed=1), build("mixtral").train()
+    enable(model, reentrant)
+    with counting_layers(model) as counts:
+        microbatch.loss(model).backward()
+    assert counts == [2, 2, 2]
+    assert len(looks) == 1
+
+
+@REENTRANT
+def test_a_backward_finds_what_has_changed_since_the_block(reentrant: bool) -> None:
+    name = "qwen3_moe"
+    microbatch, model = Microbatch(name, seed=1), build(name).train()
+    enable(model, reentrant)
+    loss = microbatch.loss(model)
+    enable(model, reentrant)  # other checkpoint functions than those that were followed
+    before = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    loss.backward()
+    assert_same_gradients(gradients_of(model), expected_gradients(name, microbatch))
+    after = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    assert all(a is b for a, b in zip(before, after, strict=True)), "the old ones were put back"
 
 
 def by_hand(module: Any, reentrant: bool) -> None:

@@ -95,6 +95,15 @@ def test_statistics_of_ranks_are_pooled_exactly(checkpoint: Path, folder: Path, 
             assert counts == [part["counts"][number] for part in parts]
 
 
+def test_what_cannot_be_replayed_is_refused_by_name(folder: Path) -> None:
+    for rank in range(2):
+        said = torch.load(folder / f"refusals-{rank}.pt", weights_only=False)
+        for attempt in ("fsdp1, record", "fsdp1, replay", "fsdp1 inside, record"):
+            assert "UnsupportedRouterError: a model under FSDP1" in said[attempt]
+            assert "fully_shard" in said[attempt]
+        assert "saw another batch than the one that was aligned" in said["token shard"]
+
+
 def test_other_routes_give_other_gradients(checkpoint: Path) -> None:
     """The tolerances above can tell."""
     model, (batch, _) = load(checkpoint, "none", CPU), microbatches(0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import (
     EXPERTS_IMPLEMENTATIONS,
+    FAMILIES,
     NAMES,
     ONE_OF_EACH,
     VOCAB,
@@ -32,6 +33,7 @@ from moetrace import record, replay
 from moetrace.errors import LayoutMismatchError, MissingRowError, MoetraceError, ReplayError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.replayer import align
+from moetrace.replayer.ranks import context_parallel
 from moetrace.trace import RoutingTrace
 
 
@@ -372,3 +374,22 @@ def test_a_replay_in_which_no_forward_of_the_model_ran_is_refused_not_silent() -
     model, other, tokens = build("mixtral"), build("mixtral"), random_tokens(1, 10)
     with pytest.raises(MoetraceError), replay(model, own_traces(model, tokens), input_ids=tokens):
         other(tokens)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_router_that_sees_a_part_of_the_tokens_replays_its_slice(name: str, kind: Any) -> None:
+    """Each rank's routers get some of the hidden states of the batch: run one layer's block on them alone."""
+    model, tokens = build(name), random_tokens(2, 12)
+    routes = random_routes(24, name)
+    whole = align(traces_of(model, routes, tokens), tokens)
+    layer = FAMILIES[name].layers[0]
+    block, hidden = model.model.layers[layer].mlp, torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+    seen = np.zeros((24, FAMILIES[name].top_k), np.int64)
+    for rank in range(3):
+        mine = context_parallel(whole, rank, 3, kind)
+        places = mine.sequence_N * 12 + mine.position_N
+        with torch.no_grad(), experts_spy(model, name) as spy, replay(model, mine, on_shift="ignore"):
+            block(hidden.reshape(24, 32)[torch.from_numpy(places).long()].view(2, 4, 32))
+        seen[places] = spy.calls[0][0][0].numpy()
+    assert np.array_equal(seen, routes[:, 0])

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import moetrace
+from moetrace.errors import MoetraceError
 
 NAME = "qwen3_moe"
 CHECKPOINTS = ("none", "reentrant", "non-reentrant")
@@ -234,6 +235,35 @@ def train(model: Any, batches: list[Microbatch], device: torch.device, in_turn: 
     return seen | {"calls": sum(calls), "left": left_behind(inner) != before}
 
 
+def refusals(checkpoint: Path, device: torch.device) -> dict[str, str]:
+    """What is said of models that cannot be replayed as they are wrapped, by record and replay."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    batch, said = Microbatch(1, 8), dict[str, str]()
+    traces = traces_of(load(checkpoint, "none", device), batch.routes, batch.tokens)
+    fsdp1: Any = FullyShardedDataParallel(load(checkpoint, "none", device), device_id=device)
+    inside = load(checkpoint, "none", device)
+    inside.model.layers[1] = FullyShardedDataParallel(inside.model.layers[1], device_id=device)
+    half = sharded(load(checkpoint, "none", device))
+
+    def one_row() -> None:
+        with moetrace.replay(half, traces, input_ids=batch.tokens):
+            half(input_ids=batch.tokens[:1].to(device), use_cache=False)
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "fsdp1, record": lambda: moetrace.record(fsdp1).__enter__(),
+        "fsdp1 inside, record": lambda: moetrace.record(inside).__enter__(),
+        "fsdp1, replay": lambda: moetrace.replay(fsdp1, traces, input_ids=batch.tokens).__enter__(),
+        "token shard": one_row,
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except MoetraceError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
 def accumulating(model: Any, more_to_come: bool) -> AbstractContextManager[Any]:
     """DistributedDataParallel reduces gradients in the last backward only, and must be told."""
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
@@ -268,4 +298,5 @@ if __name__ == "__main__":
             # with all in flight, torch's own DistributedDataParallel and nested FSDP2 fail under reentrant checkpoints
             seen = train(case.wrap(checkpoint, how, device), batches, device, in_turn=how == "reentrant")
             torch.save(seen, out / f"{name}-{how}-{rank}.pt")
+    torch.save(refusals(checkpoint, device), out / f"refusals-{rank}.pt")
     dist.destroy_process_group()

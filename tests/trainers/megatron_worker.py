@@ -80,8 +80,10 @@ def pipelined(plan: dict[str, Any]) -> dict[str, Any]:
 
         def step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             tokens, routes = next(batches)
-            with replayer.microbatch(routes, on_shift="ignore"), mm.watched(model) as maps:
+            with replayer.microbatch(routes) as replaying, mm.watched(model) as maps:
                 output = mm.forward(model, tokens)
+            counts = replaying.counts()
+            assert len(counts.hits_L if counts else ()) == len(maps), "each chunk counts its own layers"
             chosen.extend(zip(layers_of(model), maps, strict=True))
             return output, lambda out: (out.square().mean(), {})
 

@@ -172,6 +172,24 @@ def test_recomputations_use_the_routes_of_their_own_forward(recompute: str, back
     assert not any(torch.equal(a, b) for a, b in zip(*expected[:2], strict=True)), "the order must show"
 
 
+@pytest.mark.parametrize("recompute", ["full", "moe"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_one_backward_pass_of_several_forwards(recompute: str, order: tuple[int, ...]) -> None:
+    # Pairs of answers, or losses that are summed: each output says for itself which forward it is of.
+    batches, found = [batch(2, 9, seed) for seed in range(3)], []
+    for name in ("none", recompute):
+        model = mm.model(name)
+        with megatron.attach(model) as replayer:
+            losses = []
+            for number, (tokens, routes) in enumerate(batches):
+                with replayer.microbatch(routes, on_shift="ignore"):
+                    losses.append((number + 1) * mm.forward(model, tokens).square().mean())
+            torch.stack([losses[number] for number in order]).sum().backward()
+        found.append(mm.router_gradients(model))
+    for right, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-8)
+
+
 def test_a_live_forward_is_recomputed_live() -> None:
     tokens, routes = batch()
     plain, model = mm.model(), mm.model("full")
@@ -336,6 +354,11 @@ def test_misuse_is_refused() -> None:
             with pytest.raises(ReplayError, match="cannot begin"), replayer.microbatch(routes):
                 pass
             mm.forward(model, tokens)
+        (own, *_) = RouterReplay.global_router_replay_instances[-len(mm.LAYERS) :]
+        own.set_router_replay_action(RouterReplayAction.RECORD)
+        with pytest.raises(RouterError, match="somebody else"):
+            mm.forward(model, tokens)  # it would record nothing
+        own.clear_router_replay_action()
         with replayer.record():
             mm.forward(model, tokens)
             with pytest.raises(RouterError, match="ran twice"):

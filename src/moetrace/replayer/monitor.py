@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from moetrace.replayer.counts import ReplayCounts
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.replayer.upload import RoutesUpload
 
@@ -70,6 +70,10 @@ class OverlapMonitor:
                 self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
         self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
         self._live, self._used = {}, {}
+
+    def stats(self) -> ReplayStats:
+        """The shares that follow from `counts`. Waits for the device, once."""
+        return self.counts().stats()
 
     def counts(self) -> ReplayCounts:
         """Everything counted so far. Waits for the device, once."""

@@ -52,7 +52,8 @@ class ReplaySession(RoutingSession):
                 f"router {selection.site.name} saw another batch than the one that was aligned",
                 expected=f"{self.routes.num_tokens} tokens (padding included)",
                 got=f"{tokens}",
-                fix="Call the model with the very input_ids given to replay, whole: no generation, no token shards.",
+                fix="Call the model with the very input_ids given to replay: no generation. For a rank that has a part "
+                "of the tokens, slice the aligned routes (moetrace.replayer.ranks).",
             )
         experts_LNK, used_N, _ = self._upload.on(selection.live_NK.device)
         given_NK = experts_LNK[selection.site.index].long()

@@ -24,6 +24,7 @@ from moetrace.routers.families import COMMON, TRAITS, RouterTraits
 
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
+_FSDP1 = "FullyShardedDataParallel"
 _NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|image)", re.IGNORECASE)
 
 
@@ -54,9 +55,11 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     Raises:
         NotMoeError: the model has no experts at all.
         UnsupportedRouterError: it has experts, but a router is missing, of a second layer of the same number (as
-            draft heads may have), or unlike the others.
+            draft heads may have), or unlike the others; or FSDP1 hides them.
     """
     model = unwrapped(model)
+    for module in model.modules():
+        _refuse_fsdp1(module)
     modules = [(name, module) for name, module in model.named_modules() if not _NOT_TEXT.search(name)]
     experts = [name for name, module in modules if _is_experts(module)]
     found = [(name, module) for name, module in modules if _is_router(module)]
@@ -105,10 +108,25 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that hold it as `module`: DistributedDataParallel's, DeepSpeed's."""
+    """The model inside wrappers that hold it as `module`: DistributedDataParallel's, DeepSpeed's.
+
+    Raises:
+        UnsupportedRouterError: a wrapper is FSDP1's.
+    """
     while isinstance(inner := getattr(model, "module", None), nn.Module):
+        _refuse_fsdp1(model)
         model = inner
     return model
+
+
+def _refuse_fsdp1(module: nn.Module) -> None:
+    if type(module).__name__ == _FSDP1:
+        raise UnsupportedRouterError(
+            "a model under FSDP1 has no routers to be found: it flattens the weights by which they are known",
+            expected="fully_shard (FSDP2)",
+            got=_FSDP1,
+            fix="Shard with torch.distributed.fsdp.fully_shard; with accelerate, fsdp_version=2.",
+        )
 
 
 def layout_of(model: nn.Module) -> MoeLayout:

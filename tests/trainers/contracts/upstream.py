@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from documented import trace_of
@@ -135,15 +136,15 @@ def slime() -> dict[str, Any]:
         get_context_parallel_world_size=lambda: 1,
         get_context_parallel_rank=lambda: 0,
     )
-    vars(cp_utils)["mpu"] = one_rank
-    prepared = cp_utils.prepare_routed_experts_for_routing_replay(
-        given,
-        [torch.tensor(ids) for ids in TOKENS],
-        num_experts=12,
-        data_pad_size_multiplier=1,
-        sequence_parallel=False,
-        allgather_cp=False,
-    )
+    with mock.patch.object(cp_utils, "mpu", one_rank):
+        prepared = cp_utils.prepare_routed_experts_for_routing_replay(
+            given,
+            [torch.tensor(ids) for ids in TOKENS],
+            num_experts=12,
+            data_pad_size_multiplier=1,
+            sequence_parallel=False,
+            allgather_cp=False,
+        )
     return {"produced": produced, "prepared": prepared.tolist()}
 
 
@@ -199,10 +200,10 @@ def nemo_rl() -> dict[str, Any]:
     input_ids, mask = padded(left=False)
     batch = torch.from_numpy(contracts.to_nemo_rl_batch(TRACES, input_ids, 6, attention_mask=mask))
     places = _payload_indices_for_moe_layers(global_moe_layers=[2, 3, 5], num_payload_layers=6, total_num_layers=6)
-    os.environ["NRL_ROUTER_REPLAY_VALIDATE"] = "1"
-    for number, place in places.items():
-        rows = batch[:, :, place].reshape(-1, 3).long()
-        _validate_replay_tensor(rows, SimpleNamespace(num_moe_experts=12), layer_number=number, payload_idx=place)
+    with mock.patch.dict(os.environ, {"NRL_ROUTER_REPLAY_VALIDATE": "1"}):
+        for number, place in places.items():
+            rows = batch[:, :, place].reshape(-1, 3).long()
+            _validate_replay_tensor(rows, SimpleNamespace(num_moe_experts=12), layer_number=number, payload_idx=place)
     return {
         "dtypes": {str(count): str(resolve_routed_experts_dtype(count)) for count in (127, 128, 129, 32768, 32769)},
         "aligned": [aligned(case, 99) for case in SEQUENCES],

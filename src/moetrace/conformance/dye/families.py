@@ -68,7 +68,7 @@ FAMILIES: dict[str, DyeFamily] = {
         score="sigmoid",
         bias="e_score_correction_bias",
         order="set",
-        values={**_MLA, **_NO_DRAFT},
+        values={**_MLA, **_NO_DRAFT, "topk_method": "noaux_tc"},  # where vLLM makes room for the bias
     ),
     "glm4_moe": DyeFamily(
         experts="n_routed_experts",

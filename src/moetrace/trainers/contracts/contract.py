@@ -103,12 +103,10 @@ class Contract:
         self._require_permitted(captured_n, num_rows, missing)
         ids_RDK = np.zeros((num_rows, width, trace.layout.top_k), dtype)
         ids_RDK[:, places] = experts_nLK[:num_rows]
-        lacking_R = ~captured_n[:num_rows]
-        ids_RDK[lacking_R] = (
-            MISSING_ID if self.marks_missing else self.fillers(num_rows, trace.layout, dtype, first_row)[lacking_R]
-        )
-        if num_rows == len(tokens_n) and num_rows and lacking_R[-1]:
-            ids_RDK[-1] = self.fillers(num_rows, trace.layout, dtype, first_row)[-1]
+        lacking_R, fillers_R1K = ~captured_n[:num_rows], self.fillers(num_rows, trace.layout, dtype, first_row)
+        ids_RDK[lacking_R] = MISSING_ID if self.marks_missing else fillers_R1K[lacking_R]
+        if num_rows == len(tokens_n) and lacking_R[-1:].any():  # of the last token nobody misses a row
+            ids_RDK[-1] = fillers_R1K[-1]
         return ids_RDK
 
     def read(

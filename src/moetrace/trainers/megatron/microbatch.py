@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 
 from moetrace.errors import ReplayError
-from moetrace.replayer.monitor import OverlapMonitor, ReplayStats
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.routes import TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trainers.megatron.routers import LocalRouter
@@ -42,11 +43,16 @@ class Microbatch:
             self._monitor = OverlapMonitor(rows.batch, self._upload)
             self._live_somewhere = rows.batch.count(TokenMode.REPLAY) < rows.batch.num_tokens
 
-    def stats(self) -> ReplayStats | None:
-        """How the live routers of this rank agreed with the routes; None where it has no MoE layer. Waits for the
-        device.
+    def counts(self) -> ReplayCounts | None:
+        """What was counted so far on this rank, as whole numbers that add up over microbatches, and over ranks with the
+        same layers; None where it has no MoE layer. Waits for the device.
         """
-        return self._monitor.stats() if self._rows else None
+        return self._monitor.counts() if self._rows else None
+
+    def stats(self) -> ReplayStats | None:
+        """How the live routers of this rank agreed with the routes: `counts` as shares. Waits for the device."""
+        counts = self.counts()
+        return counts.stats() if counts else None
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         assert self._rows is not None, "only routers that rows were made for have a port"

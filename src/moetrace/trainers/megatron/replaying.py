@@ -33,15 +33,17 @@ class _Port:
     """What a router finds in its `router_replay`.
 
     Attributes:
-        asked: how often the router asked for its choice in the forward that runs.
+        router: the router.
+        replaced: what it had there before.
+        asked: how often it asked for its choice in the forward that runs.
     """
 
     def __init__(self, replayer: Replayer, router: LocalRouter) -> None:
-        self.asked = 0
-        self.layer_number = router.layer + 1
+        self.router = router
         self.replaced = router.module.router_replay
+        self.asked = 0
+        self.layer_number = router.layer + 1  # set_layer_number of 0.17 and later writes it
         self._replayer = replayer
-        self._router = router
 
     def get_replay_topk(
         self,
@@ -57,7 +59,7 @@ class _Port:
         values_NK, live_NK = default_compute_topk(scores, topk, num_groups, group_topk)
         if task is None:
             return values_NK, live_NK
-        ids_NK = task.choose(self._router, scores, live_NK, again)
+        ids_NK = task.choose(self.router, scores, live_NK, again)
         return scores.gather(1, ids_NK), ids_NK
 
 
@@ -176,13 +178,14 @@ class Replayer:
 
     def _before_forward(self, ports: Sequence[_Port], *_: object) -> None:
         for port in ports:
+            _require_idle(port.router, port.replaced)
             port.asked = 0
 
     def _after_forward(self, ports: Sequence[_Port], module: nn.Module, args: Any, output: Any) -> None:
         task = self._running
         if task is not None:
             task.forwards += 1
-            if unasked := [port.layer_number - 1 for port in ports if port.asked != 1]:
+            if unasked := [port.router.layer for port in ports if port.asked != 1]:
                 raise ReplayError(
                     f"the routers of layers {unasked} did not choose exactly once in a forward",
                     expected="each router asks for its top-k once",
@@ -216,13 +219,12 @@ def attach(model: nn.Module | Sequence[nn.Module]) -> Replayer:
     """
     routers = find_routers(model)
     for router in routers.all:
-        _require_idle(router)
+        _require_idle(router, router.module.router_replay)
     return Replayer(routers)
 
 
-def _require_idle(router: LocalRouter) -> None:
-    """Raise `RouterError` where a router is attached already or its `RouterReplay` holds something."""
-    replay = router.module.router_replay
+def _require_idle(router: LocalRouter, replay: object) -> None:
+    """Raise `RouterError` where a router is attached already, or its `RouterReplay` holds or is told something."""
     if replay is None or (
         isinstance(replay, RouterReplay)
         and replay.router_replay_action is None
@@ -233,8 +235,6 @@ def _require_idle(router: LocalRouter) -> None:
     raise RouterError(
         f"router {router.name} gets its routes from somebody else",
         expected="an idle RouterReplay, or none",
-        got=f"{type(replay).__name__} with routes or an action"
-        if isinstance(replay, RouterReplay)
-        else "attached twice",
-        fix="Detach first, or clear RouterReplay's indices and action.",
+        got="RouterReplay with routes or an action" if isinstance(replay, RouterReplay) else "attached twice",
+        fix="Detach first, or clear RouterReplay's indices and action; its own recording needs a detached model too.",
     )

@@ -34,7 +34,8 @@ async def open_subject(
         CheckError: nobody answers there, or in no dialect that is known.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    # most servers close an idle connection after 5 s, and lose a request that is sent at that moment
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
     client = client or httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits)
     try:
         if dialect == "auto":
