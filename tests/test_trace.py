@@ -163,6 +163,16 @@ def test_a_duplicate_is_named_by_its_row_in_the_trace_and_its_decoder_layer() ->
         build(experts_TLK=ids, valid_T=[False, True, True])
 
 
+def test_of_many_duplicates_in_a_long_trace_the_first_is_named() -> None:
+    """A trace so long that several threads check it."""
+    rows, layout = 20_000, MoeLayout((0, 2), 64, 64)
+    experts_TLK = np.tile(np.arange(64, dtype=np.uint8), (rows, 2, 1))
+    RoutingTrace.build(experts_TLK, layout, np.arange(rows))
+    experts_TLK[12_345:, 1, 5] = 6
+    with refused(InvalidTraceError, "row 12345, layer 2 names one expert twice"):
+        RoutingTrace.build(experts_TLK, layout, np.arange(rows))
+
+
 def test_duplicates_that_are_not_neighbours_are_found() -> None:
     layout = MoeLayout((0,), 8, 3)
     with refused(InvalidTraceError, "names one expert twice", got=[4, 1, 4]):

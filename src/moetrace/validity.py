@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 _CHECKED_IDS = 1 << 17
 """Ids that are checked at once, so that checking a trace takes little memory beside it."""
+_PARALLEL_FROM = 16 * _CHECKED_IDS
+"""From this many ids on, several threads check: numpy lets them, and whoever waits for a long sequence waits less."""
+_MAX_THREADS = 4
 
 
 def require_valid(trace: RoutingTrace) -> None:
@@ -43,8 +48,14 @@ def _require_arrays(trace: RoutingTrace) -> None:
             "an expert id is out of range", expected=f"id < {layout.num_experts}", got=int(experts_TLK.max())
         )
     step = max(1, _CHECKED_IDS // (layout.num_layers * layout.top_k))
-    for first in range(0, len(valid_T), step):
-        _require_rows(trace, first, first + step)
+    firsts = range(0, len(valid_T), step)
+    if experts_TLK.size < _PARALLEL_FROM:
+        for first in firsts:
+            _require_rows(trace, first, first + step)
+        return
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(lambda first: _require_rows(trace, first, first + step), firsts):
+            pass  # in order: the first row that is wrong is the one that is named
 
 
 def _require_rows(trace: RoutingTrace, first: int, stop: int) -> None:
