@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: help setup demo test check format families conformance clean
@@ -22,8 +23,8 @@ setup: .venv/.ready ## Create .venv with everything pinned in constraints.txt
 demo: setup ## Serve the tiny model, roll out, train without and with replay
 	@$(BIN)/python examples/demo.py
 
-test: setup ## Run the tests
-	@$(BIN)/python -m pytest
+test: setup ## Run the tests, JOBS files at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: setup ## Lint, format and types
 	@$(BIN)/ruff check .
