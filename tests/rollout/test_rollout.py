@@ -205,11 +205,13 @@ def responses_of_whole_lines(prompts: Path) -> list[bytes]:
     return (prompts.parent / "out" / "rollout.jsonl").read_bytes().split(b"\n")[:-1]
 
 
-def test_an_interrupt_ends_with_130_and_what_there_is(capsys: Any, prompts: Path, url: str) -> None:
+def test_an_interrupt_ends_with_130_and_what_there_is(capsys: Any, dyed: Any, prompts: Path, url: str) -> None:
     process = spawn(prompts, url, "--concurrency", "2")
     wait_for(prompts, 5, process)
+    dyed[0].pause()  # so that it cannot be done before it is interrupted
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
+    dyed[0].resume()
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in err
     assert "Traceback" not in err
