@@ -177,7 +177,13 @@ def test_a_text_summary_and_codecs(capsys: Any, prompts: Path, url: str) -> None
 
 def spawn(prompts: Path, url: str, *options: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-m", "moetrace", *command(prompts, url), *options]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
 
 def wait_for(prompts: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -209,9 +215,11 @@ def test_an_interrupt_ends_with_130_and_what_there_is(capsys: Any, dyed: Any, pr
     process = spawn(prompts, url, "--concurrency", "2")
     wait_for(prompts, 5, process)
     dyed[0].pause()  # so that it cannot be done before it is interrupted
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    dyed[0].resume()
+    try:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        dyed[0].resume()
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in err
     assert "Traceback" not in err
