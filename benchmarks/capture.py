@@ -11,13 +11,10 @@ Every part takes --out FILE.json. Variants alternate in one process; random bflo
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import logging
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -28,8 +25,9 @@ from typing import Any
 
 import torch
 import transformers
+from common import cpu_name, keep, large_shape
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching import requests as cb_requests
 from transformers.generation.continuous_batching import utils as cb_utils
 
@@ -69,19 +67,15 @@ def main() -> int:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     model = load(args)
     results = {"step": step, "rounds": rounds}[args.part](model, args)
-    record = {
-        "command": shlex.join(["python", "benchmarks/capture.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor(),
+    facts = {
+        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "attention": model.config._attn_implementation,
         "shape": {name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size", "num_experts")},
         "results": results,
     }
     print(json.dumps(results, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.out, **facts)
     return 0
 
 
@@ -89,20 +83,8 @@ def load(args: argparse.Namespace) -> Any:
     """The tiny model on a CPU, random weights of the large shape on a GPU."""
     if args.device == "cpu":
         return AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-qwen3-moe").eval()
-    config = Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=args.experts,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768 * 128 // args.experts,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-        eos_token_id=None,
-    )
+    width = 768 * 128 // args.experts
+    config = large_shape(args.layers, num_experts=args.experts, moe_intermediate_size=width, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(args.device):
         model: Any = AutoModelForCausalLM.from_config(

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import datetime
 import io
 import json
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from common import cpu_name, keep
 from tqdm import tqdm
 
 import moetrace
@@ -55,9 +54,7 @@ def main() -> int:
         results[name] = measure(uniform_routes(args.tokens, layout), layout, limits, args.rounds, name)
     ids_TLK, layout = routes_of_the_tiny_model()
     results["tiny model, 4x4/32"] = measure(ids_TLK, layout, entropy(ids_TLK, layout), args.rounds, "tiny model")
-    record = {
-        "command": shlex.join(["python", "benchmarks/codecs.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    facts = {
         "hardware": f"1 thread of {cpu_name()}",
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "moetrace": moetrace.__version__},
         "tokens": {"uniform": args.tokens, "tiny model": len(ids_TLK)},
@@ -70,10 +67,8 @@ def main() -> int:
         for codec, row in result["codecs"].items():
             speeds = f"{row['encode_gbps']:6.2f} {row['decode_gbps']:6.2f} GB/s"
             print(f"  {codec:18} {row['bytes_per_token']:9.1f} B {speeds}")
-    print(json.dumps(record["finish_to_bytes"], indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(facts["finish_to_bytes"], indent=1))
+    keep(args.out, **facts)
     return 0
 
 
@@ -197,12 +192,6 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
         work()
         seconds.append(time.thread_time() - began)
     return statistics.median(seconds)
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

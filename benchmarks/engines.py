@@ -11,10 +11,8 @@ one alternates between capture off and on, vLLM starts anew for each, since that
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from common import keep, large_shape
 
 ENGINES = ("vllm off", "vllm on", "embedded")
 _WARM_UPS = 1
@@ -47,17 +47,13 @@ def main() -> int:
     for name in ENGINES:
         results |= in_a_process(name, args.timeout)
         print(json.dumps(results, indent=1), flush=True)
-        record = {
-            "command": shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm")},
-            "shape": {"layers": args.layers, "experts": 128, "top_k": 8, "hidden_size": 2048},
-            "work": {"requests": args.requests, "prompt": args.prompt, "new": args.new},
-            "results": results,
-        }
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+        keep(
+            args.out,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "vllm")},
+            shape={"layers": args.layers, "experts": 128, "top_k": 8, "hidden_size": 2048},
+            work={"requests": args.requests, "prompt": args.prompt, "new": args.new},
+            results=results,
+        )
     return int(any("error" in result for result in results.values()))
 
 
@@ -75,25 +71,7 @@ def in_a_process(name: str, timeout: float) -> dict[str, Any]:
 
 def config_of(args: argparse.Namespace) -> Any:
     """The shape."""
-    from transformers import Qwen3MoeConfig
-
-    return Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=args.layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-        eos_token_id=None,
-        architectures=["Qwen3MoeForCausalLM"],
-        dtype="bfloat16",
-    )
+    return large_shape(args.layers, eos_token_id=None, architectures=["Qwen3MoeForCausalLM"], dtype="bfloat16")
 
 
 def prompts_of(args: argparse.Namespace) -> list[list[int]]:

@@ -18,10 +18,7 @@ Axes: L MoE layers, T rows of a trace, K experts per token.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -35,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from common import cpu_name, keep, large_shape
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 import moetrace
 from moetrace.replayer import session as sessions
@@ -65,10 +63,8 @@ def main() -> int:
     args.tokens = args.tokens or (16384 if on_gpu(args) else 512)
     model = load(args)
     results = measure(model, args)
-    record = {
-        "command": shlex.join(["python", "benchmarks/replay.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if on_gpu(args) else platform.processor() or platform.machine(),
+    facts = {
+        "hardware": torch.cuda.get_device_name() if on_gpu(args) else cpu_name(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "dtype": str(model.dtype),
         "attention": model.config._attn_implementation,
@@ -82,9 +78,7 @@ def main() -> int:
         "results": results,
     }
     print(json.dumps(results, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.out, **facts)
     return 0
 
 
@@ -98,19 +92,7 @@ def load(args: argparse.Namespace) -> Any:
     if not on_gpu(args):
         model: Any = AutoModelForCausalLM.from_pretrained(ROOT / "models/tiny-qwen3-moe", dtype=torch.float32)
     else:
-        config = Qwen3MoeConfig(
-            vocab_size=32768,
-            hidden_size=2048,
-            num_hidden_layers=args.layers,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-            norm_topk_prob=True,
-            max_position_embeddings=40960,
-        )
+        config = large_shape(args.layers, vocab_size=32768)
         with torch.device(args.device):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=args.attention, experts_implementation="grouped_mm"

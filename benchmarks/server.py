@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
 import http.client
 import json
 import os
 import platform
-import shlex
 import socket
 import statistics
 import subprocess
@@ -35,6 +33,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from common import cpu_name, keep
 from tqdm import tqdm
 
 import moetrace
@@ -68,9 +67,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results = load(args) if args.part == "load" else asyncio.run(long(args.rounds or 15))
-    record = {
-        "command": shlex.join(["python", "benchmarks/server.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    facts = {
         "hardware": f"{os.cpu_count()} shared CPUs of {cpu_name()}",
         "versions": {
             "python": platform.python_version(),
@@ -81,9 +78,7 @@ def main() -> int:
         "results": results,
     }
     print(json.dumps(results, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.out, **facts)
     return 0
 
 
@@ -324,12 +319,6 @@ def percentiles(seconds: Sequence[float], digits: int = 2) -> dict[str, float] |
         return None
     ranks = np.percentile(seconds, [50, 95, 99, 100]) * 1e3
     return dict(zip(("p50", "p95", "p99", "max"), (round(float(rank), digits) for rank in ranks), strict=True))
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ the spread is the range of the middle half.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import cpu_name, keep
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -59,9 +57,7 @@ def main() -> int:
             "qwen3-moe shape": AutoModelForCausalLM.from_config(shape, dtype=dtype),
         }
     results = {name: measure(model.to(args.device), args) for name, model in models.items()}
-    record = {
-        "command": shlex.join(["python", "benchmarks/tap.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    facts = {
         "hardware": torch.cuda.get_device_name()
         if kind == "cuda"
         else f"{torch.get_num_threads()} threads, {cpu_name()}",
@@ -73,9 +69,7 @@ def main() -> int:
         "results": results,
     }
     print(json.dumps(results, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    keep(args.out, **facts)
     return 0
 
 
@@ -121,11 +115,6 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
             "ratio_to_plain": {name: round(value / medians["plain"], 4) for name, value in medians.items()},
         }
     return results
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

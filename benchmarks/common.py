@@ -1,0 +1,50 @@
+"""What the benchmarks share: the large shape, the machine's name, and how a result is kept."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def large_shape(layers: int, **changes: Any) -> Any:
+    """Qwen3-30B-A3B's configuration with so many layers; a `Qwen3MoeConfig`."""
+    from transformers import Qwen3MoeConfig  # not by whoever only keeps results
+
+    values: dict[str, Any] = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+    }
+    return Qwen3MoeConfig(**values | changes)
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def keep(out: Path | None, **facts: Any) -> None:
+    """Write what was measured to `out`, if given, after the command and the date."""
+    if out is None:
+        return
+    record = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **facts,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
