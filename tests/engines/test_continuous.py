@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from dye import Dye
 from test_transformers_engine import CAPTURE, assert_dyed
+from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from moetrace.engines.config import EngineConfig
@@ -122,3 +124,40 @@ def test_keys_that_are_on_the_host_are_not_shared_once_they_return_to_other_weig
 
     loop.call(plant).result(60)
     assert "away" in loop._stale
+
+
+def test_a_cache_that_nobody_wrote_holds_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5.17 leaves it as memory was; what is masked is multiplied by zero, and zero times NaN is NaN."""
+    model = Dye().model()
+    create = ContinuousBatchingManager._create_batch_processor
+
+    def unwritten(manager: Any) -> Any:
+        known, processor = manager.batch_processor, create(manager)
+        for tensor in caches(processor) if processor is not known else ():
+            tensor.fill_(torch.nan)
+        return processor
+
+    def caches(processor: Any) -> list[torch.Tensor]:
+        return [*getattr(processor.cache, "key_cache", ()), *getattr(processor.cache, "value_cache", ())]
+
+    monkeypatch.setattr(ContinuousBatchingManager, "_create_batch_processor", unwritten)
+    engine = TransformersEngine(model, EngineConfig(kv_cache_tokens=256, max_batch_tokens=64))
+    try:
+        if not caches(engine._manager.batch_processor):
+            pytest.skip("this release writes zeros itself")
+        assert all(tensor.isfinite().all() for tensor in caches(engine._manager.batch_processor))
+    finally:
+        engine.close()
+
+
+def test_a_model_that_flash_attention_cannot_run_keeps_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (2, 3):
+        monkeypatch.setattr(continuous_api, f"is_flash_attn_{version}_available", lambda **_: True)
+    model: Any = Dye().model()
+    engine = TransformersEngine(model, EngineConfig(kv_cache_tokens=256, max_batch_tokens=64))
+    try:
+        assert "flash" not in model.config._attn_implementation
+        assert engine.submit([3, 4], SamplingParams(3)).result(60).output_tokens == [5, 6, 7]
+    finally:
+        engine.close()
+    assert "_supports_flash_attn" not in vars(model)

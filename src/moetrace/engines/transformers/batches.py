@@ -74,15 +74,7 @@ class BatchRecording:
                 raise CaptureError(f"continuous batching failed a request ({output.error})", got=name)
             tokens = [*output.prompt_ids, *output.generated_tokens]
             rows = self._capture.collect(name, tokens[:-1])
-            trace = RoutingTrace.build(
-                rows.experts_TLK,
-                self._capture.layout,
-                tokens,
-                valid_T=rows.valid_T,
-                order=self._capture.order,
-                fingerprint=self._capture.fingerprint,
-                engine=f"transformers {transformers.__version__}",
-            )
+            trace = self._capture.trace_of(rows, tokens, f"transformers {transformers.__version__}")
             logprobs = list(output.logprobs) if output.logprobs else None
             self.sequences.append(
                 BatchSequence(list(output.prompt_ids), list(output.generated_tokens), logprobs, trace)

@@ -26,7 +26,7 @@ from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.errors import CaptureError
 from moetrace.recorder import PulledPages, RowStore, Staging, StepSlots
 from moetrace.routers import tap_model
-from moetrace.trace import Order
+from moetrace.trace import Order, RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,21 @@ class StepCapture:
         self.counts.rows += len(rows.valid_T)
         self.counts.missing_rows += int((~rows.valid_T).sum())
         return rows
+
+    def trace_of(
+        self, rows: CapturedRows, tokens: Sequence[int], engine: str, weight_spans: Sequence[WeightSpan] = ()
+    ) -> RoutingTrace:
+        """The trace of captured rows, recorded on these tokens."""
+        return RoutingTrace.build(
+            rows.experts_TLK,
+            self.layout,
+            tokens,
+            valid_T=rows.valid_T,
+            weight_spans=weight_spans,
+            order=self.order,
+            fingerprint=self.fingerprint,
+            engine=engine,
+        )
 
     def peek(self, request_id: str, start: int, stop: int) -> list[_Part] | None:
         """What there is of positions `start <= p < stop` of a watched request that still runs, for `assemble`; None

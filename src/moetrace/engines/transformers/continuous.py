@@ -21,7 +21,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from moetrace.engines.transformers.pages import PageListener, PageMap, require
 from moetrace.errors import EngineError
+from moetrace.shadows import shadowed
 
 
 class BatchLoop:
@@ -55,7 +56,9 @@ class BatchLoop:
         self._cancelled: dict[str, Any] = {}
         self._preempting = False
         self._stale: set[str] = set()
-        self._undo: list[Callable[[], None]] = []
+        self._joined = ExitStack()
+        with self.on_compute_stream():  # where the warm-up comes next
+            _clear(self._cache)
         self.join(self._processor, "prepare_next_batch", self._between_steps)
         self.join(self._scheduler, "schedule_batch", self._schedule)
         self.join(self._scheduler, "clear_cancelled_requests", self._cancel)
@@ -106,8 +109,7 @@ class BatchLoop:
     def close(self) -> None:
         """Leave the manager as it was; tasks that were never run fail. CUDA graphs go now, before their memory pool:
         garbage collection keeps no order, and comes at any time."""
-        while self._undo:
-            self._undo.pop()()
+        self._joined.close()
         for device_io in self._device_ios():
             device_io.graphs = type(device_io.graphs)()
         while not self._tasks.empty():
@@ -149,13 +151,12 @@ class BatchLoop:
 
     def join(self, owner: Any, name: str, step_in: Callable[..., Any]) -> None:
         """Call `step_in(own, *args)` wherever the loop calls `owner.name(*args)`; who joins last is called first."""
-        own, before = require(owner, name), vars(owner).get(name)
+        own = require(owner, name)
 
         def joined(*args: Any, **kwargs: Any) -> Any:
             return step_in(own, *args, **kwargs)
 
-        setattr(owner, name, joined)
-        self._undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
+        self._joined.enter_context(shadowed(owner, name, joined))
 
     def _device_ios(self) -> list[Any]:
         """Where CUDA graphs are kept: two with asynchronous batching."""
@@ -314,3 +315,10 @@ def _settled(state: Any) -> int:
 
 def _mark_complete_name(cache: Any) -> str:
     return "mark_complete_blocks" if hasattr(cache, "mark_complete_blocks") else "mark_shareable_blocks_as_complete"
+
+
+def _clear(cache: Any) -> None:
+    """Zero the keys and values. What was never written is read too, with a weight of zero, and zero times what happens
+    to lie in memory may be NaN. Releases after 5.17 do it themselves."""
+    for tensor in (*getattr(cache, "key_cache", ()), *getattr(cache, "value_cache", ())):
+        tensor.zero_()

@@ -54,16 +54,7 @@ class Delivery:
     def trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
         """The trace of captured rows, recorded on these tokens."""
         assert self._capture is not None
-        return RoutingTrace.build(
-            rows.experts_TLK,
-            self._capture.layout,
-            tokens,
-            valid_T=rows.valid_T,
-            weight_spans=self._weight_spans(rows),
-            order=self._capture.order,
-            fingerprint=self._capture.fingerprint,
-            engine=self._engine_name,
-        )
+        return self._capture.trace_of(rows, tokens, self._engine_name, self._weight_spans(rows))
 
     def _deliver(self) -> None:
         version = self._versions[0]

@@ -64,7 +64,6 @@ class TransformersEngine:
         self._sampler = Sampler(self._manager, self.vocab_size, self._eos_token_ids)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
         self._sampler.attach(processor)
-        loading.clear_cache(processor.cache)
         self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
         self.max_model_len = min(window, self._cache_tokens)
         self._loop = BatchLoop(self._manager)
@@ -73,7 +72,8 @@ class TransformersEngine:
         self._capture: StepCapture | None = None
         if config.enable_return_routed_experts and self._manager.is_tp_driver:
             self._capture = StepCapture(model, self._loop, self.max_model_len)
-        gc.collect()  # what engines before this one left must not be freed while CUDA graphs are captured
+        if model.device.type == "cuda":
+            gc.collect()  # what engines before this one left must not be freed while CUDA graphs are captured
         self._manager.warmup()
         self._ids = itertools.count()
         self._closing = False

@@ -206,12 +206,5 @@ def attention_kept(model: PreTrainedModel) -> Iterator[None]:
         del model._supports_flash_attn
 
 
-def clear_cache(cache: Any) -> None:
-    """Zero the keys and values. What was never written is read too, with a weight of zero, and zero times what happens
-    to lie in memory may be NaN. Releases after 5.17 do it themselves."""
-    for tensor in (*getattr(cache, "key_cache", ()), *getattr(cache, "value_cache", ())):
-        tensor.zero_()
-
-
 def page_size_of(batching_config: Any) -> int:
     return getattr(batching_config, "page_size", None) or batching_config.block_size
