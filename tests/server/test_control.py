@@ -137,10 +137,10 @@ def test_an_abort_counts_for_a_request_that_is_being_tokenised(client, pool, mon
     def slowly(prompts: Any, *_: object) -> Any:
         reading.set()
         assert goes_on.wait(30)
-        return prompts
+        return [[7] for _ in prompts]
 
-    monkeypatch.setattr("moetrace.server.generation.prompt_tokens", slowly)
-    waiting = start(pool, client, "reading", [7])
+    monkeypatch.setattr("moetrace.server.tokenizing.prompt_tokens", slowly)
+    waiting = start(pool, client, "reading", "text")
     assert reading.wait(30)
     assert post(client, "/abort", which)["aborted"] == ["reading"]
     goes_on.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -28,7 +28,8 @@ from moetrace.server.requests import RequestTable, Running
 from moetrace.server.responses import encode_responses
 from moetrace.server.schemas import GenerateParameters, GenerateRequest
 from moetrace.server.streaming import Arrivals, EventStream, token_events, unless_disconnected
-from moetrace.server.texts import Tokenizer, prompt_tokens
+from moetrace.server.texts import Tokenizer
+from moetrace.server.tokenizing import TokenizerThreads
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Generator:
     config: ServerConfig
     metrics: Metrics
     archive: Archive
+    threads: TokenizerThreads = field(default_factory=TokenizerThreads)
 
     async def submit(
         self, request: GenerateRequest, sampling: SamplingParams, running: Running, on_progress: Progress | None = None
@@ -53,7 +55,7 @@ class Generator:
         """
         parameters, routes = request.parameters, bool(request.parameters.return_routed_experts)
         scores = parameters.return_prompt_logprobs
-        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, parameters.add_special_tokens, self.tokenizer)
+        prompts = await self.threads.prompt_tokens(request.prompts, parameters.add_special_tokens, self.tokenizer)
         self.check(prompts, sampling, routes, scores)
         for prompt in prompts:
             _check_routing(self.engine, self.archive, len(prompt), parameters)

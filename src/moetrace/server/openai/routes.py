@@ -25,7 +25,7 @@ from moetrace.server.openapi import answer as answer_of
 from moetrace.server.openapi import either, errors, events
 from moetrace.server.schemas import prompts_in
 from moetrace.server.streaming import Arrivals, EventStream
-from moetrace.server.texts import Tokenizer, prompt_tokens
+from moetrace.server.texts import Tokenizer
 
 
 def openai_routes(generator: Generator, model_name: str) -> APIRouter:
@@ -54,7 +54,7 @@ def openai_routes(generator: Generator, model_name: str) -> APIRouter:
     async def completions(request: CompletionRequest, http: Request) -> HTTPResponse:
         tokenizer = _checked(request)
         sampling = request.sampling()
-        prompts = await asyncio.to_thread(prompt_tokens, prompts_in(request.prompt), True, tokenizer)
+        prompts = await generator.threads.prompt_tokens(prompts_in(request.prompt), True, tokenizer)
         return await answer(request, http, CompletionShape(), tokenizer, prompts, sampling, request.wants_logprobs)
 
     @router.post(
@@ -64,7 +64,7 @@ def openai_routes(generator: Generator, model_name: str) -> APIRouter:
     )
     async def chat(request: ChatRequest, http: Request) -> HTTPResponse:
         tokenizer = _checked(request)
-        prompt = await asyncio.to_thread(chat_tokens, request.messages, tokenizer)
+        prompt = await generator.threads.run(partial(chat_tokens, request.messages, tokenizer))
         sampling = request.sampling(generator.engine.max_model_len - len(prompt))
         return await answer(request, http, ChatShape(), tokenizer, [prompt], sampling, request.wants_logprobs)
 

@@ -23,7 +23,7 @@ from moetrace.server.sglang.answers import ModelInfo, SGLangResponse, WeightVers
 from moetrace.server.sglang.responses import Writer
 from moetrace.server.sglang.schemas import SGLangRequest
 from moetrace.server.streaming import Arrivals, EventStream
-from moetrace.server.texts import ShownText, prompt_tokens
+from moetrace.server.texts import ShownText
 
 _UNHEALTHY: Responses = {503: {"description": "No."}}
 _HEALTH_SECONDS = 20.0
@@ -55,7 +55,7 @@ def sglang_routes(generator: Generator) -> APIRouter:
     )
     async def generate(request: SGLangRequest, http: Request) -> Response:
         request.check()
-        prompts = await asyncio.to_thread(prompt_tokens, request.prompts, True, generator.tokenizer)
+        prompts = await generator.threads.prompt_tokens(request.prompts, True, generator.tokenizer)
         sampling = request.sampling(engine.max_model_len - max(map(len, prompts), default=0))
         routes, scores = request.return_routed_experts, request.first_logprob is not None
         generator.check(prompts, sampling, routes, scores)
