@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from dye import Dye  # noqa: E402
 from soak_requests import MAX_BODY_BYTES, WINDOW, Client, Closed, Ledger, SoakError  # noqa: E402
-from soak_traffic import KINDS, Traffic  # noqa: E402
+from soak_traffic import KINDS, Traffic, fill_tokenizer  # noqa: E402
 
 import moetrace  # noqa: E402
 
@@ -131,6 +131,7 @@ async def soak(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         client = Client(url, Closed(versions), ledger, args.seed)
         watched = Watched(server, url, ledger)
         await watched.sample()
+        await fill_tokenizer(client)
         traffic = Traffic(client, folder, stop, [kind for kind in KINDS if kind not in args.without])
         began = time.monotonic()
         working = [asyncio.create_task(work) for work in traffic.tasks(args.clients)]

@@ -15,6 +15,9 @@ from soak_requests import MAX_BODY_BYTES, WINDOW, Body, Client, SoakError
 
 BURST = 120
 """Requests at once, more than the server takes."""
+TOKENIZER_KEEPS = 10_000
+"""Words whose tokens tokenizers 0.23 remembers on each of the server's two threads; it forgets none, and takes no
+more."""
 
 MALFORMED: list[tuple[bytes, str, tuple[int, ...]]] = [
     (b"{", "application/json", (422,)),
@@ -333,6 +336,21 @@ async def asked(client: Client) -> str:
     if response.status_code != 200:
         raise SoakError(f"{path} answered {response.status_code}")
     return "200"
+
+
+async def fill_tokenizer(client: Client) -> None:
+    """Let the server's tokenizer learn as many words as it ever keeps, or it learns them all along, and that looks like
+    a leak. They come in texts that are tokenised together with one that is too long, so that all are refused."""
+
+    async def learn(first: int) -> None:
+        words = [f"word {number:05}" for number in range(first, first + 1000)]
+        body = {"inputs": [*words, "x" * (WINDOW + 1)], "parameters": {"max_new_tokens": 1}}
+        answer = await client.ask("/generate", body, (400,))
+        if answer["error"].get("got") != f"{WINDOW + 1} tokens":
+            raise SoakError(f"the words were not refused for the text that is too long: {answer}")
+
+    for first in range(0, 4 * TOKENIZER_KEEPS, 2000):  # both threads are busy, and each learns about half
+        await asyncio.gather(learn(first), learn(first + 1000))
 
 
 Kind = Callable[[Client], Awaitable[str]]
