@@ -66,10 +66,13 @@ def raises(run: Callable[[], Any]) -> bool:
 @pytest.mark.usefixtures("deferring")
 @CHECKPOINTS
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_backward_raises_the_alarm_when_it_is_through(name: str, reentrant: bool | None) -> None:
+def test_backward_raises_the_alarm_when_it_is_through(
+    name: str, reentrant: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
     model = made(name, reentrant)
     replayed(model, on_shift="ignore")[1].backward()
     expected = gradients_of(model)
+    assert caplog.records == []
     model.zero_grad()
     _, loss = replayed(model)
     with pytest.raises(ShiftedRoutesError, match="the row later than each token's own fits better"):
