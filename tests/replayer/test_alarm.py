@@ -160,7 +160,7 @@ def test_a_backward_within_the_context_judges_and_what_comes_after_it_is_judged_
     assert len(caplog.records) == (1 if grad else 2)
     if grad:
         loss.backward()
-    assert len(caplog.records) == 2
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
 
 
 @pytest.mark.usefixtures("deferring")
@@ -239,16 +239,33 @@ def test_a_verdict_that_nobody_waited_for_is_logged_when_all_is_forgotten(
     assert all("the row later than each token's own fits better" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.usefixtures("deferring")
-def test_a_backward_that_fails_loses_no_verdict(caplog: pytest.LogCaptureFixture) -> None:
-    model = made()
-    session, loss = replayed(model)
+def fail(loss: torch.Tensor, model: Any) -> None:
+    """A backward pass that does not get to its end."""
     hook = model.model.embed_tokens.weight.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loss.backward()
     hook.remove()
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_backward_that_fails_loses_no_verdict() -> None:
+    model = made()
+    session, loss = replayed(model)
+    fail(loss, model)
     with pytest.raises(ShiftedRoutesError):
         session.stats()
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_verdict_that_a_later_one_contains_is_not_logged_beside_it(caplog: pytest.LogCaptureFixture) -> None:
+    model = made()
+    tokens, trace = batch(model)
+    with replay(model, trace, input_ids=tokens):
+        fail(loss_of(model(tokens, use_cache=False).logits), model)
+        loss = loss_of(model(tokens, use_cache=False).logits)
+    del loss
+    gc.collect()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
 @pytest.mark.usefixtures("deferring")
