@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from moetrace.engines.transformers import TransformersEngine
 from moetrace.recorder import Staging
 
 ROOT = Path(__file__).resolve().parent.parent
+PROFILED = 4
+"""Waits are counted on lengths so many times shorter: the profiler takes longer than the rollout."""
 
 
 class NaiveStaging(Staging):
@@ -175,13 +178,13 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     prompts = torch.randint(0, vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     draw = random.Random(0)
     lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in prompts]
-    samplings = [SamplingParams(length, do_sample=True, ignore_eos=True) for length in lengths]
     variants = {"off": False, "ours": True}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, dict[str, float]] = {}
     synchronisations: dict[str, float] = {}
 
-    def rollout(engine: TransformersEngine, capture: bool) -> float:
+    def rollout(engine: TransformersEngine, capture: bool, part: int = 1) -> float:
+        samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
         began = time.perf_counter()
         running = [
             engine.submit(prompt, sampling, return_routes=capture)
@@ -201,9 +204,9 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
             if number:
                 tokens_per_s[name].append(rollout(engine, on))
             if number == args.rounds:
-                host_ms[name] = time_host(engine, lambda engine=engine, on=on: rollout(engine, on))  # type: ignore[misc]
+                host_ms[name] = time_host(engine, partial(rollout, engine, on))
                 if args.device != "cpu":
-                    synchronisations[name] = count_synchronisations(engine, lambda e=engine, on=on: rollout(e, on))  # type: ignore[misc]
+                    synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, on, PROFILED))
             if args.one_at_a_time:
                 engine.close()
                 del engine

@@ -186,11 +186,15 @@ class _Shadow:
 
 
 class _ThreadState(threading.local):
-    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed."""
+    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed.
 
-    sessions: tuple[RoutingSession, ...] = ()
-    recompute = False
-    following = False
+    No attribute is the class's: of a thread-local object torch.compile would read these (torch 2.11).
+    """
+
+    def __init__(self) -> None:
+        self.sessions: tuple[RoutingSession, ...] = ()
+        self.recompute = False
+        self.following = False
 
     @contextmanager
     def using(self, sessions: tuple[RoutingSession, ...], recompute: bool, following: bool) -> Iterator[None]:
