@@ -125,7 +125,7 @@ class ModelTap:
             with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
-            return state.shown(output)
+            return _shown(output, state)
 
         setattr(tapped_forward, _MARK, True)
         return tapped_forward
@@ -149,7 +149,7 @@ class ModelTap:
                 with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
                     return function(*inner_args, **inner_kwargs)
 
-            return self._thread.shown(checkpoint(follow, *args, **kwargs))
+            return _shown(checkpoint(follow, *args, **kwargs), self._thread)
 
         return checkpoint_with_sessions
 
@@ -205,15 +205,16 @@ class _ThreadState(threading.local):
         finally:
             self.sessions, self.recompute, self.following = before
 
-    def shown(self, output: Any) -> Any:
-        """The output, which the sessions have seen where a backward pass may come back to it.
 
-        Within a reentrant checkpoint's first pass there is no graph: its own output is what belongs to one.
-        """
-        if torch.is_grad_enabled() and not self.recompute:
-            for session in self.sessions:
-                session.on_output(output)
-        return output
+def _shown(output: Any, state: _ThreadState) -> Any:
+    """The output of a router or a checkpoint, which the sessions have seen where a backward pass may come back to it.
+
+    Within a reentrant checkpoint's first pass there is no graph: the checkpoint's own output is what belongs to one.
+    """
+    if torch.is_grad_enabled() and not state.recompute:
+        for session in state.sessions:
+            session.on_output(output)
+    return output
 
 
 def _in_backward() -> bool:
