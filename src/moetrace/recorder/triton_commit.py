@@ -58,6 +58,7 @@ def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
         lane = first + tl.arange(0, BLOCK)
         source = ids + (lane // K).to(tl.int64) * layer_stride + n * K + lane % K
         value = tl.load(source, mask=lane < ROW, other=0)
+        tl.debug_barrier()  # a short row is read by several threads a number: all of them before one writes
         tl.store(source, tl.full((BLOCK,), _NO_EXPERT, tl.int64), mask=lane < ROW)
         tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=(lane < ROW) & kept)
         smallest = tl.minimum(smallest, tl.min(value))
