@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from moetrace.engines.transformers import TransformersEngine
 from moetrace.recorder import Staging
 
 ROOT = Path(__file__).resolve().parent.parent
+PROFILED = 4
+"""Waits are counted on lengths so many times shorter: the profiler takes longer than the rollout."""
 
 
 class NaiveStaging(Staging):
@@ -175,18 +178,20 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     prompts = torch.randint(0, vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     draw = random.Random(0)
     lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in prompts]
-    samplings = [SamplingParams(length, do_sample=True, ignore_eos=True) for length in lengths]
     variants = {"off": False, "ours": True}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, dict[str, float]] = {}
-    synchronisations: dict[str, float] = {}
+    synchronisations: dict[str, dict[str, float]] = {}
 
-    def rollout(engine: TransformersEngine, capture: bool) -> float:
+    def rollout(engine: TransformersEngine, capture: bool, part: int = 1) -> float:
+        samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
         began = time.perf_counter()
+        engine.pause()  # so that every round has the same steps: transformers captures a CUDA graph for each new shape
         running = [
             engine.submit(prompt, sampling, return_routes=capture)
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
+        engine.resume()
         results = [generation.result(600) for generation in running]
         if capture:
             assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
@@ -201,9 +206,9 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
             if number:
                 tokens_per_s[name].append(rollout(engine, on))
             if number == args.rounds:
-                host_ms[name] = time_host(engine, lambda engine=engine, on=on: rollout(engine, on))  # type: ignore[misc]
+                host_ms[name] = time_host(engine, partial(rollout, engine, on))
                 if args.device != "cpu":
-                    synchronisations[name] = count_synchronisations(engine, lambda e=engine, on=on: rollout(e, on))  # type: ignore[misc]
+                    synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, on, PROFILED))
             if args.one_at_a_time:
                 engine.close()
                 del engine
@@ -248,8 +253,9 @@ def time_host(engine: TransformersEngine, rollout: Callable[[], Any]) -> dict[st
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
-def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any]) -> float:
-    """Calls that make the host wait for the device (stream, event, device), per step, on all threads."""
+def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any]) -> dict[str, float]:
+    """Calls that make the host wait for the device (stream, event, device), per step: on the thread that launches the
+    steps, and on all threads."""
     steps = 0
     processor = engine._manager.batch_processor
     own, had = processor._generation_step, "_generation_step" in vars(processor)
@@ -268,10 +274,11 @@ def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any
         processor._generation_step = own
     else:
         del processor._generation_step
-    calls = sum(
-        event.count for event in profile.key_averages() if "Synchronize" in event.key and event.key.startswith("cuda")
-    )
-    return round(calls / steps, 3)
+    events = [event for event in profile.events() if event.name.startswith("cuda")]
+    launching = {event.thread for event in events if "GraphLaunch" in event.name}
+    waits = [event.thread for event in events if "Synchronize" in event.name]
+    on_step_path = sum(thread in launching for thread in waits)
+    return {"steps": round(on_step_path / steps, 3), "all": round(len(waits) / steps, 3)}
 
 
 def summary(values: dict[str, list[float]], unit: str) -> dict[str, Any]:

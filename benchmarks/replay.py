@@ -4,13 +4,15 @@
     python benchmarks/replay.py --device cpu        the same with the tiny model
 
 Add --out FILE.json. On a GPU: random bfloat16 weights of Qwen3-30B-A3B's layers (as many as asked), activation
-checkpointing, AdamW. Routes are the model's own record, with a share replaced by others as a rollout's differ; replay
+checkpointing, AdamW. Routes are the model's own record, with a share replaced by others as a rollout's differ; with
+`--differing 0` the experts get the load that they have without replay, and what is left is replay's own cost. Replay
 begins with traces, so that alignment and upload are in the step. Variants alternate in one process, in an order that
 changes from round to round. Medians; the spread is the range of the middle half.
 
-`replay` raises the shift alarm at the end of its forward, as by default: the host waits for the device once.
-`replay, no alarm` has on_shift="ignore", which does not. Waits are counted by the profiler, and by
-torch.cuda.set_sync_debug_mode, which also sees copies that wait.
+`replay` has the shift alarm, as by default: counted on the device behind the forward, judged by the host when it has
+queued the backward. If the device has not finished the forward by then, the host waits for that, with a backward's
+work still queued. `replay, no alarm` has on_shift="ignore". Waits are counted by the profiler, and by
+torch.cuda.set_sync_debug_mode, which also sees copies that wait, but no wait for an event.
 
 Axes: L MoE layers, T rows of a trace, K experts per token.
 """
@@ -37,15 +39,15 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import moetrace
+from moetrace.replayer import monitor as monitors
 from moetrace.replayer import session as sessions
+from moetrace.replayer.alarm import ShiftAlarm
 from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers import ModelTap
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
-DIFFERING = 0.1
-"""Share of routers whose recorded set differs from the live one (arXiv 2510.11370 measures about 10 %)."""
 
 
 def main() -> int:
@@ -57,6 +59,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30, help="steps of each variant")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="sgd needs no state in memory")
+    parser.add_argument(
+        "--differing",
+        type=float,
+        default=0.1,
+        help="share of routers whose recorded set differs from the live one (arXiv 2510.11370 measures about 10 %%)",
+    )
     parser.add_argument("--parts", action="store_true", help="also where the host's time goes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -74,6 +82,7 @@ def main() -> int:
             for name in ("num_hidden_layers", "hidden_size", "num_experts", "num_experts_per_tok")
         },
         "tokens": args.tokens,
+        "differing": args.differing,
         "rounds": args.rounds,
         "results": results,
     }
@@ -106,7 +115,7 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     shape, generator = (args.sequences, args.tokens // args.sequences), torch.Generator().manual_seed(0)
     ids_BS = torch.randint(0, model.config.vocab_size, shape, generator=generator)
     inputs = {"input_ids": ids_BS.to(args.device), "use_cache": False}
-    traces = routes_of(model, ids_BS, inputs)
+    traces = routes_of(model, ids_BS, inputs, args.differing)
     contexts: dict[str, Callable[[], Any]] = {
         "plain": nullcontext,
         "record": lambda: moetrace.record(model),
@@ -153,7 +162,7 @@ def measure(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def routes_of(model: Any, ids_BS: torch.Tensor, inputs: dict[str, Any]) -> list[Any]:
+def routes_of(model: Any, ids_BS: torch.Tensor, inputs: dict[str, Any], differing: float) -> list[Any]:
     """The model's own routes, T = tokens - 1 rows each, with a share of them altered by one expert."""
     with torch.no_grad(), moetrace.record(model) as recording:
         model.get_decoder()(**inputs)
@@ -165,7 +174,7 @@ def routes_of(model: Any, ids_BS: torch.Tensor, inputs: dict[str, Any]) -> list[
         present = np.zeros((*ids_TLK.shape[:2], trace.layout.num_experts), bool)
         np.put_along_axis(present, ids_TLK, True, axis=-1)
         absent_TL = np.where(present, -1.0, generator.random(present.shape)).argmax(-1)
-        differs_TL = generator.random(absent_TL.shape) < DIFFERING
+        differs_TL = generator.random(absent_TL.shape) < differing
         ids_TLK[..., -1] = np.where(differs_TL, absent_TL, ids_TLK[..., -1])
         traces.append(moetrace.RoutingTrace.build(ids_TLK, trace.layout, trace.tokens, fingerprint=trace.fingerprint))
     return traces
@@ -218,7 +227,8 @@ def parts(step: Callable[[], None]) -> dict[str, float]:
         "upload": (RoutesUpload, "on"),
         "select": (sessions.ReplaySession, "on_selection"),
         "count": (OverlapMonitor, "_count"),
-        "alarm": (OverlapMonitor, "counts"),
+        "send the counts": (monitors, "_to_host"),
+        "judge them": (ShiftAlarm, "judge"),
     }
     undo = []
     for name, (owner, attribute) in watched.items():

@@ -15,6 +15,7 @@ from moetrace.errors import CaptureError
 from moetrace.layout import MoeLayout
 from moetrace.recorder import NO_TOKEN, RowStore, Staging, StepSlots
 from moetrace.recorder.commit import commit_rows_twin
+from moetrace.recorder.staging import NO_EXPERT
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 PAGE, PAGES = 4, 9
@@ -98,8 +99,8 @@ def test_rows_go_to_their_slots(device: str, stride: int, place, num_experts: in
         slots[int(rng.integers(count))] = None
         tokens = rng.integers(0, 1 << 20, count).tolist()
         staging = filled(layout, 12, device, seed=version)
-        store.commit(staging, place(tokens, slots, stride, device))
         slow.commit(staging, tokens, slots, version)
+        store.commit(staging, place(tokens, slots, stride, device))
     slow.assert_same(store)
 
 
@@ -119,8 +120,8 @@ def test_any_schedule_of_steps(steps: list[list[int | None]], index: bool) -> No
     for version, slots in enumerate(steps):
         store.set_version(version)
         staging, tokens = filled(layout, 8, "cpu", version), [100 * version + n for n in range(len(slots))]
-        store.commit(staging, (by_index if index else by_table)(tokens, slots, PAGE, "cpu"))
         slow.commit(staging, tokens, slots, version)
+        store.commit(staging, (by_index if index else by_table)(tokens, slots, PAGE, "cpu"))
     slow.assert_same(store)
 
 
@@ -131,17 +132,40 @@ def test_any_schedule_of_steps(steps: list[list[int | None]], index: bool) -> No
 )
 def test_the_kernel_equals_its_twin_bit_for_bit(num_layers: int, num_experts: int, top_k: int) -> None:
     layout = MoeLayout(tuple(range(num_layers)), num_experts, top_k)
-    staging = filled(layout, 640, "cuda")
     for place in (by_index, by_table):
         stores = [RowStore(layout, 300, PAGE, torch.device("cuda")) for _ in range(2)]
         for tokens in (1, 7, 640):
             slots: list[int | None] = np.random.default_rng(tokens).permutation(300 * PAGE)[:tokens].tolist()
             slots[0] = None
             step = place(list(range(tokens)), slots, PAGE, "cuda")
+            staging, twin = (filled(layout, 640, "cuda") for _ in range(2))
+            for ids_LNK in (staging.ids_LNK, twin.ids_LNK):
+                ids_LNK[-1, tokens // 2, -1] = NO_EXPERT  # a router that did not write
             stores[0].commit(staging, step)
-            commit_rows_twin(staging.ids_LNK, step, stores[1])
+            commit_rows_twin(twin.ids_LNK, step, stores[1])
+            assert torch.equal(staging.ids_LNK, twin.ids_LNK)
             assert torch.equal(stores[0].rows_SR, stores[1].rows_SR)
             assert torch.equal(stores[0].marks_S2, stores[1].marks_S2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", [by_index, by_table])
+def test_a_step_that_wrote_nothing_leaves_no_row_of_the_step_before(device: str, place) -> None:
+    store = RowStore(MoeLayout((0, 1), 8, 2), PAGES, PAGE, torch.device(device))
+    staging = filled(store.layout, 6, device)
+    store.commit(staging, place([5, 6, 7, 8], [0, 9, None, 3], PAGE, device))  # padding may be a token the next time
+    assert (staging.ids_LNK[:, :4] == NO_EXPERT).all()
+    assert (staging.ids_LNK[:, 4:] >= 0).all()
+    staging.ids_LNK[:, 0] = 1
+    staging.ids_LNK[0, 1] = 1  # one layer of two
+    store.commit(staging, place([5, 6, 7, 8], [1, 10, 20, 4], PAGE, device))
+    _, marks_S2 = store.take(range(PAGES)).read(0, PAGES)
+    assert {slot: token for slot, token in enumerate(marks_S2[:, 0].tolist()) if token != NO_TOKEN} == {
+        0: 5,
+        9: 6,
+        3: 8,
+        1: 5,
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -157,8 +181,8 @@ def test_pages_are_copied_and_put_back_with_rows_and_marks(device: str) -> None:
     store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
     slots: list[int | None] = list(range(2 * PAGE))
     staging = filled(layout, 8, device)
-    store.commit(staging, by_index(list(range(8)), slots, PAGE, device))
     slow.commit(staging, list(range(8)), slots, 0)
+    store.commit(staging, by_index(list(range(8)), slots, PAGE, device))
     taken = store.take([0, 1])
     store.copy([1, 0], [5, 7])
     store.put_back([3], taken, first=1)
@@ -174,8 +198,8 @@ def test_what_was_taken_does_not_change_when_the_slots_are_written_again(device:
     store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
     slots: list[int | None] = list(range(PAGES * PAGE))
     first = filled(layout, PAGES * PAGE, device)
-    store.commit(first, by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
     slow.commit(first, slots, slots, 0)  # type: ignore[arg-type]
+    store.commit(first, by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
     pulled = store.take(range(PAGES))
     store.commit(filled(layout, PAGES * PAGE, device, seed=1), by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
     experts_SLK, marks_S2 = pulled.read(2, 3)

@@ -85,3 +85,21 @@ def test_a_step_that_staging_cannot_hold_is_refused() -> None:
         model(random_tokens(1, 8))
         with pytest.raises(CaptureError, match="expected <= 8, got 9"):
             model(random_tokens(1, 9))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_step_writes_to_the_staging_that_is_active(dynamic: bool) -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 12)
+    tap = tap_model(model)
+    torch.compiler.reset()
+    step = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad(), tap.installed():
+        for staging in (Staging(tap.layout, 16, CPU), Staging(tap.layout, 16, CPU)):
+            with tap.active(staging), experts_spy(model, "mixtral") as spy:
+                model(tokens)
+            expected_LNK = spy.last()
+            staging.ids_LNK.fill_(-1)
+            with tap.active(staging):
+                step(tokens)
+            assert torch.equal(staging.ids_LNK[:, :12], expected_LNK)
+            assert (staging.ids_LNK[:, 12:] == -1).all()

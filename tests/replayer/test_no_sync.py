@@ -1,13 +1,15 @@
 """A replayed step gives its routes to the device in one copy, and makes the host wait for nothing.
 
 On a CPU by what torch dispatches: reading a number, or sizes that depend on values, is what makes a host wait for a
-GPU, and so does indexing by a list, which is copied there first. On a GPU by torch's own synchronisation debug mode.
+GPU, and so does indexing by a list, which is copied there first. On a GPU by torch's own synchronisation debug mode,
+and by keeping the device busy: a host that waits for nothing is through before it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ import torch
 from families import ONE_OF_EACH, build, random_routes, random_tokens, trace_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrace import replay
+from moetrace import record, replay
+from moetrace.errors import ShiftedRoutesError
 from moetrace.layout import MoeLayout
 from moetrace.replayer import ReplayPolicy, ReplaySession, align, router_scores, router_shift
+from moetrace.replayer import alarm as alarms
 from moetrace.replayer.drift import RouterScores
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trace import RoutingTrace
@@ -33,6 +37,7 @@ WAITING = {
     "lift_fresh",
     "index",
 }
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 POLICIES = {"all": ReplayPolicy(), "margin": ReplayPolicy(margin=0.05), "mask": ReplayPolicy([[1, 0] * 10] * 2)}
 
 
@@ -77,6 +82,29 @@ def run(model: Any, name: str, policy: ReplayPolicy, device: str = "cpu") -> Rep
         for _ in range(2):
             model(tokens.to(device)).logits.float().square().mean().backward()
     return session
+
+
+def step(model: Any, tokens: torch.Tensor, context: Any = None) -> torch.Tensor:
+    """The forward of a training step within a context, to its loss."""
+    with context or nullcontext():
+        return model(tokens, use_cache=False).logits.float().square().mean()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_whole_step_reads_no_more_values_than_without_replay(
+    name: str, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarms, "defers", lambda device: True)
+    model, tokens = build(name, experts="batched_mm").train(), random_tokens(2, 20)  # eager ones read the routes
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    read = []
+    for context in (None, replay(model, traces(model, name, tokens), input_ids=tokens, missing="live")):
+        with Watch() as watch:
+            step(model, tokens, context).backward()
+        read.append(Counter(operation for operation in watch.names if operation in WAITING))
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -151,20 +179,22 @@ def test_an_upload_is_views_of_one_buffer_with_every_id_as_it_was(num_experts: i
     assert upload.on(torch.device("cpu"))[0] is experts_LNK
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Let torch raise wherever its host would wait."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@NEEDS_GPU
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_on_a_gpu_no_selection_waits_and_one_pinned_copy_is_made(
     name: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @contextmanager
-    def refusing() -> Iterator[None]:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
     model = build(name, dtype=torch.bfloat16).cuda()
     with around(monkeypatch, ReplaySession, refusing):
         session = run(model, name, POLICIES[policy], "cuda")
@@ -176,3 +206,66 @@ def test_on_a_gpu_no_selection_waits_and_one_pinned_copy_is_made(
     copies = [event.name for event in profile.events() if "Memcpy HtoD" in event.name]
     assert len(copies) == 1
     assert "Pinned" in copies[0]
+
+
+CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+
+
+def on_gpu(reentrant: bool | None, by: int = 0) -> tuple[Any, torch.Tensor, Callable[[], Any]]:
+    """A model that waits for nothing itself, a batch, and replays of its own routes, `by` tokens late."""
+    model = build("gpt_oss", experts="batched_mm").cuda().train()  # most others look for packed sequences, and wait
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    tokens = random_tokens(1, 64)
+    on_device = tokens.cuda()
+    with torch.no_grad(), record(model) as recording:
+        model(on_device, use_cache=False)
+    (own,) = recording.traces(tokens)
+    ids_TLK = np.roll(own.experts_TLK, by, axis=0)
+    given = RoutingTrace.build(ids_TLK, own.layout, tokens[0].numpy(), fingerprint=own.fingerprint)
+    for _ in range(2):  # pinned memory, handles of libraries
+        step(model, on_device, replay(model, given, input_ids=tokens, on_shift="warn")).backward()
+    with refusing():
+        step(model, on_device).backward()
+    return model, on_device, lambda: replay(model, given, input_ids=tokens)
+
+
+@NEEDS_GPU
+@CHECKPOINTS
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_on_a_gpu_a_step_whose_counts_are_ready_waits_for_nothing(
+    reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, replaying = on_gpu(reentrant)
+    with refusing():
+        loss = step(model, tokens, replaying())
+    torch.cuda.synchronize()  # the counts are ready
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda _: pytest.fail("a wait that no debug mode sees"))
+    with refusing():
+        loss.backward()
+
+
+@NEEDS_GPU
+@CHECKPOINTS
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_on_a_gpu_a_forward_is_over_before_the_device_has_begun_it(reentrant: bool | None) -> None:
+    model, tokens, replaying = on_gpu(reentrant)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    began = torch.cuda.Event()
+    began.record()
+    loss = step(model, tokens, replaying())
+    assert not began.query(), "the host waited for the device"
+    loss.backward()
+    assert began.query(), "the counts were judged before they were there"
+
+
+@NEEDS_GPU
+@CHECKPOINTS
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_on_a_gpu_backward_raises_the_alarm(reentrant: bool | None) -> None:
+    model, tokens, replaying = on_gpu(reentrant, by=1)
+    loss = step(model, tokens, replaying())
+    with pytest.raises(ShiftedRoutesError):
+        loss.backward()
+    with torch.no_grad(), pytest.raises(ShiftedRoutesError):
+        step(model, tokens, replaying())

@@ -27,7 +27,7 @@ from moetrace.errors import (
     UnsupportedRouterError,
 )
 from moetrace.layout import MoeLayout
-from moetrace.replayer import AlignedRoutes, align
+from moetrace.replayer import AlignedRoutes, alarm, align
 from moetrace.trainers import megatron
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Megatron-Core's own deprecations
@@ -274,18 +274,46 @@ def test_recorded_ids_are_best_first_also_without_gradients() -> None:
     assert np.array_equal(recording.routes.experts_LNK[0], logits[0].reshape(10, -1).argsort(1, descending=True)[:, :3])
 
 
-def test_shifted_routes_are_found_out() -> None:
+def one_token_late() -> tuple[Any, torch.Tensor, AlignedRoutes, AlignedRoutes]:
+    """A model, tokens, its own routes, and the same in the rows of the tokens after."""
     model, tokens = mm.model(), torch.randint(0, mm.VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    with megatron.attach(model) as replayer, torch.no_grad(), replayer.record() as recording:
+        mm.forward(model, tokens)
+    routes = align(recording.traces(tokens), tokens)
+    shifted = routes.experts_LNK.reshape(len(mm.LAYERS), 3, 20, mm.TOP_K).copy()
+    shifted[:, :, 1:-1] = shifted[:, :, :-2].copy()
+    bent = AlignedRoutes(**(vars(routes) | {"experts_LNK": shifted.reshape(routes.experts_LNK.shape)}))
+    return model, tokens, routes, bent
+
+
+def test_shifted_routes_are_found_out() -> None:
+    model, tokens, routes, bent = one_token_late()
     with megatron.attach(model) as replayer:
-        with torch.no_grad(), replayer.record() as recording:
-            mm.forward(model, tokens)
-        routes = align(recording.traces(tokens), tokens)
-        shifted = routes.experts_LNK.reshape(len(mm.LAYERS), 3, 20, mm.TOP_K).copy()
-        shifted[:, :, 1:-1] = shifted[:, :, :-2].copy()
-        bent = AlignedRoutes(**(vars(routes) | {"experts_LNK": shifted.reshape(routes.experts_LNK.shape)}))
         with replayer.microbatch(routes):
             mm.forward(model, tokens)
         with pytest.raises(ShiftedRoutesError, match="shifted by one token"), replayer.microbatch(bent):
+            mm.forward(model, tokens)
+
+
+def test_where_a_wait_would_cost_each_microbatch_in_flight_is_judged_by_its_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alarm, "defers", lambda device: True)
+    model, tokens, routes, bent = one_token_late()
+    with megatron.attach(model) as replayer:
+        losses = []
+        for given_routes in (routes, bent, routes):
+            with replayer.microbatch(given_routes):
+                losses.append(mm.forward(model, tokens).sum())
+        losses[0].backward()
+        with pytest.raises(ShiftedRoutesError, match="shifted by one token"):
+            losses[1].backward()
+        losses[2].backward()
+        with replayer.microbatch(bent) as microbatch:
+            mm.forward(model, tokens)
+        with pytest.raises(ShiftedRoutesError):
+            microbatch.stats()
+        with pytest.raises(ShiftedRoutesError), torch.no_grad(), replayer.microbatch(bent):
             mm.forward(model, tokens)
 
 

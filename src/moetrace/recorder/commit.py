@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moetrace.recorder.staging import NO_EXPERT
+
 if TYPE_CHECKING:
     from moetrace.recorder.rows import RowStore
+
+
+NO_TOKEN = -1
+"""Of a slot that holds no row."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,10 @@ class StepSlots:
 def commit_rows(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) -> None:
     """For every token n with a slot, write the row `ids_LNK[:, n]` and its mark (token, version) into that slot.
 
+    A row that lacks an id is no row: its token in the mark is `NO_TOKEN`.
+
     Args:
-        ids_LNK: int64, with room for the step's N tokens or more.
+        ids_LNK: int64, with room for the step's N tokens or more; those of the step are `NO_EXPERT` afterwards.
         step: N tokens and where they belong.
         store: changed in place.
     """
@@ -67,7 +75,9 @@ def commit_rows_twin(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) ->
     """What the kernel does, in torch: for CPUs, and to hold the kernel to."""
     slots_N = step.slots(store.page_size)
     kept_M = ((slots_N >= 0) & (slots_N < len(store.rows_SR))).nonzero().squeeze(1)
-    rows_NR = ids_LNK[:, : len(slots_N)].permute(1, 0, 2).reshape(len(slots_N), -1).to(store.rows_SR.dtype)
-    marks_N2 = torch.stack([step.tokens_N.int(), store.version_1.expand(len(slots_N))], 1)
-    store.rows_SR.index_copy_(0, slots_N[kept_M], rows_NR[kept_M])
+    ids_NR = ids_LNK[:, : len(slots_N)].permute(1, 0, 2).reshape(len(slots_N), -1)
+    tokens_N = torch.where((ids_NR < 0).any(1), NO_TOKEN, step.tokens_N.int())
+    marks_N2 = torch.stack([tokens_N, store.version_1.expand(len(slots_N))], 1)
+    store.rows_SR.index_copy_(0, slots_N[kept_M], ids_NR.to(store.rows_SR.dtype)[kept_M])
     store.marks_S2.index_copy_(0, slots_N[kept_M], marks_N2[kept_M])
+    ids_LNK[:, : len(slots_N)] = NO_EXPERT

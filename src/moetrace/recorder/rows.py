@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 from moetrace.layout import MoeLayout
-from moetrace.recorder.commit import StepSlots, commit_rows
+from moetrace.recorder.commit import NO_TOKEN, StepSlots, commit_rows
 from moetrace.recorder.staging import Staging
-
-NO_TOKEN = -1
 
 
 class RowStore:

@@ -12,17 +12,23 @@ from moetrace.layout import MoeLayout
 from moetrace.routers import RouterSite, RoutingSession, Selection
 from moetrace.trace import Order
 
+NO_EXPERT = -1
+
 
 class Staging(RoutingSession):
     """A static buffer `[L, capacity, K]` int64 that the routers' own top-k writes to: no copy, no kernel of ours.
 
     Its address never changes, so the writes can live in a CUDA graph: a replayed graph writes here again without any
     Python. Tokens beyond a step's own (padding) are overwritten freely and never committed.
+
+    The commit takes the ids away and leaves `NO_EXPERT`: a step that does not write (a router that did not run, or a
+    compiler that lost the tap) finds no row of the step before it.
     """
 
     def __init__(self, layout: MoeLayout, capacity: int, device: torch.device) -> None:
         self.layout = layout
-        self.ids_LNK = torch.zeros(layout.num_layers, capacity, layout.top_k, dtype=torch.int64, device=device)
+        shape = (layout.num_layers, capacity, layout.top_k)
+        self.ids_LNK = torch.full(shape, NO_EXPERT, dtype=torch.int64, device=device)
         self.order: Order = "rank"
 
     @property

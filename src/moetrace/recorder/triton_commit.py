@@ -1,6 +1,7 @@
 """The commit kernel. Imported on CUDA only.
 
 One program writes one token's row: read as L runs of K int64, written as one run of L * K bytes (or pairs of bytes).
+Where it read it leaves `NO_EXPERT`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from moetrace.recorder.commit import NO_TOKEN
+from moetrace.recorder.staging import NO_EXPERT
+
 if TYPE_CHECKING:
     from moetrace.recorder.commit import StepSlots
     from moetrace.recorder.rows import RowStore
 
 _MAX_BLOCK = 1024
+_NO_EXPERT = tl.constexpr(NO_EXPERT)
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 
 @triton.jit
@@ -46,14 +52,19 @@ def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
         place = tl.load(places + n).to(tl.int64)
         offset = place % STRIDE
     slot = place // STRIDE * PAGE + offset
-    if (place >= 0) & (slot < num_slots):  # padding has no place, or one that nobody reads
-        for first in tl.static_range(0, ROW, BLOCK):
-            lane = first + tl.arange(0, BLOCK)
-            source = (lane // K).to(tl.int64) * layer_stride + n * K + lane % K
-            value = tl.load(ids + source, mask=lane < ROW)
-            tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=lane < ROW)
-        tl.store(marks + slot * 2, tl.load(tokens + n).to(tl.int32))
-        tl.store(marks + slot * 2 + 1, tl.load(version))
+    kept = (place >= 0) & (slot < num_slots)  # padding has no place, or one that nobody reads
+    smallest = tl.full((), 0, tl.int64)
+    for first in tl.static_range(0, ROW, BLOCK):
+        lane = first + tl.arange(0, BLOCK)
+        source = ids + (lane // K).to(tl.int64) * layer_stride + n * K + lane % K
+        value = tl.load(source, mask=lane < ROW, other=0)
+        tl.debug_barrier()  # a short row is read by several threads a number: all of them before one writes
+        tl.store(source, tl.full((BLOCK,), _NO_EXPERT, tl.int64), mask=lane < ROW)
+        tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=(lane < ROW) & kept)
+        smallest = tl.minimum(smallest, tl.min(value))
+    token = tl.where(smallest < 0, _NO_TOKEN, tl.load(tokens + n).to(tl.int32))
+    tl.store(marks + slot * 2, token, mask=kept)
+    tl.store(marks + slot * 2 + 1, tl.load(version), mask=kept)
 
 
 def launch(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) -> None:

@@ -2,12 +2,14 @@
 
 A correct record agrees with the live router almost everywhere, and worse with every neighbour's row. Routes that are
 off by one pass every shape check, but fit better when shifted back: that is what the alarm looks for. All counting
-happens on the model's device without waiting for it; only `stats` waits.
+happens on the model's device without waiting for it; only `counts` waits.
 
 Axes: L MoE layers, N tokens of the batch, K experts per token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -77,24 +79,34 @@ class OverlapMonitor:
 
     def counts(self) -> ReplayCounts:
         """Everything counted so far. Waits for the device, once."""
+        return self.send()()
+
+    def send(self) -> Callable[[], ReplayCounts]:
+        """Send everything counted so far to the host; the result waits until it is there. No synchronisation here."""
         self._count()
-        routes, layers = self._routes, range(self._routes.layout.num_layers)
-        nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64)
+        forwards, layers = self._forwards, range(self._routes.layout.num_layers)
+        device = torch.device("cpu") if self._differs_N is None else self._differs_N.device
+        nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64, device=device)
         differing = nothing if self._differs_N is None else self._differs_N.sum().expand(len(nothing))
         rows = [differing, *(self._counts.get(layer, nothing) for layer in layers)]
-        (differing_tokens, *_), *counts_L8 = torch.stack([row.to(differing.device) for row in rows]).tolist()
+        arrived = _to_host(torch.stack([row.to(device) for row in rows]))
+        return lambda: self._counts_of(arrived(), forwards)
+
+    def _counts_of(self, sent: torch.Tensor, forwards: int) -> ReplayCounts:
+        (differing_tokens, *_), *counts_L8 = sent.tolist()
         total = [sum(column) for column in zip(*counts_L8, strict=True)]
+        routes = self._routes
         replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())
         return ReplayCounts(
             top_k=routes.layout.top_k,
-            forwards=self._forwards,
+            forwards=forwards,
             replayed_tokens=replayed,
             live_tokens=routes.count(TokenMode.LIVE),
             padding_tokens=routes.count(TokenMode.PADDING),
             differing_tokens=differing_tokens,
             neighbour_rows=neighbours,
-            compared_tokens=self._forwards * replayed,
-            compared_neighbours=self._forwards * neighbours,
+            compared_tokens=forwards * replayed,
+            compared_neighbours=forwards * neighbours,
             same_routers=total[_SAME],
             hits_L=tuple(counts[_HITS] for counts in counts_L8),
             earlier_gain=total[_EARLIER] - total[_GIVEN_LATER],
@@ -102,6 +114,22 @@ class OverlapMonitor:
             supplied_routers=total[_SUPPLIED],
             replaced_routers=total[_REPLACED],
         )
+
+
+def _to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin a copy to the host, behind what is queued on the device; the result waits for it, unless it is there."""
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+
+    def arrived() -> torch.Tensor:
+        if not event.query():
+            event.synchronize()
+        return copy
+
+    return arrived
 
 
 def _compare(

@@ -5,18 +5,19 @@ Axes: L MoE layers, N tokens of the batch, K experts per token.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from moetrace.errors import LayoutMismatchError, ReplayError, ShiftedRoutesError
+from moetrace.errors import LayoutMismatchError, ReplayError
+from moetrace.replayer.alarm import OnShift, ShiftAlarm
 from moetrace.replayer.align import Missing, align
 from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
@@ -25,9 +26,6 @@ from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
-
-logger = logging.getLogger(__name__)
-OnShift = Literal["error", "warn", "ignore"]
 
 
 class ReplaySession(RoutingSession):
@@ -39,10 +37,11 @@ class ReplaySession(RoutingSession):
 
     supplies_routes = True
 
-    def __init__(self, routes: AlignedRoutes) -> None:
+    def __init__(self, routes: AlignedRoutes, on_shift: OnShift = "error") -> None:
         self.routes = routes
         self._upload = RoutesUpload(routes)
         self._monitor = OverlapMonitor(routes, self._upload)
+        self._alarm = ShiftAlarm(self._monitor, on_shift)
         self._live_somewhere = routes.margin is not None or routes.count(TokenMode.REPLAY) < routes.num_tokens
 
     def on_selection(self, selection: Selection) -> None:
@@ -65,14 +64,29 @@ class ReplaySession(RoutingSession):
             given_NK = torch.where(used_N[:, None], given_NK, selection.live_NK)
         selection.indices_NK = given_NK
 
+    def on_output(self, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                self._alarm.watch(tensor)
+
+    def close(self) -> None:
+        """No more forwards come: raise the alarm, or leave it to the backward pass; see `ShiftAlarm`."""
+        self._alarm.close()
+
     @property
     def forwards(self) -> int:
         """How many forward passes were replayed so far."""
         return self._monitor.forwards
 
     def counts(self) -> ReplayCounts:
-        """What was counted so far, as whole numbers that add up over sessions. Waits for the device."""
-        return self._monitor.counts()
+        """What was counted so far, as whole numbers that add up over sessions. Waits for the device.
+
+        Raises:
+            ShiftedRoutesError: after the context, if a backward pass was to raise it and has not come yet.
+        """
+        counts = self._monitor.counts()
+        self._alarm.judge()
+        return counts
 
     def stats(self, group: dist.ProcessGroup | None = None) -> ReplayStats:
         """How the live router agreed with the replayed routes so far. Waits for the device.
@@ -81,12 +95,16 @@ class ReplaySession(RoutingSession):
             group: pool the counts of these ranks, exactly; all of them must call. Ranks that share a batch
                 (tensor parallelism) count it once each, so pass the data-parallel group; or
                 `torch.distributed.group.WORLD`. None: this rank alone.
+
+        Raises:
+            ShiftedRoutesError: as `counts`, of this rank.
         """
-        counts = self.counts()
+        counts = self._monitor.counts()
         if group is not None:
             of_ranks: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(of_ranks, counts, group=group)
             counts = reduce(add, of_ranks)
+        self._alarm.judge()  # when the other ranks have what they wait for
         return counts.stats()
 
 
@@ -117,7 +135,9 @@ def replay(
         attention_mask, position_ids, cu_seqlens: how sequences lie in it, see `moetrace.batch.segments_of`.
         missing: what tokens without a row do: "error", "live" or a bool array `[B, S]`; see `align`.
         policy, response_mask: which rows are replayed; see `align`.
-        on_shift: what happens at the end when the routes would fit the live router better shifted by one token.
+        on_shift: what happens when the routes would fit the live router better shifted by one token. It is known at the
+            end of the context; on a GPU, where the host would wait for it, at the end of the backward pass, if one is
+            to come.
 
     Yields:
         The session; `session.stats()` tells overlap and mismatch.
@@ -150,7 +170,7 @@ def replay(
             response_mask=response_mask,
         )
     _require_model(routes, tap, type(model).__name__)
-    session = ReplaySession(routes)
+    session = ReplaySession(routes, on_shift)
     with tap.active(session):
         yield session
     if session.forwards == 0:
@@ -159,8 +179,7 @@ def replay(
             expected=f"a forward of this {type(model).__name__} on this thread",
             fix="Call the very model given to replay, or its data-parallel wrapper, not a copy of it.",
         )
-    if on_shift != "ignore":
-        judge_shift(session.stats(), on_shift)
+    session.close()
 
 
 def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
@@ -185,17 +204,3 @@ def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
             got=f"order {routes.order!r}",
             fix="Record with an engine that keeps the ids in rank order.",
         )
-
-
-def judge_shift(stats: ReplayStats, on_shift: OnShift) -> None:
-    if not stats.shifted:
-        return
-    alarm = ShiftedRoutesError(
-        f"the routes look shifted by one token: the row {stats.best_shift} than each token's own fits better",
-        expected=f"highest overlap with the given rows (now {stats.overlap:.3f})",
-        got=f"{stats.shift_gain:+.3f} overlap when shifted",
-        fix="Row t must be the routing while token t was the input; check the producer with a known model.",
-    )
-    if on_shift == "error":
-        raise alarm
-    logger.warning("%s", alarm)

@@ -94,6 +94,9 @@ class RoutingSession:
         """See, and where `supplies_routes` is True change, one selection."""
         raise NotImplementedError
 
+    def on_output(self, output: Any) -> None:
+        """See what a router, or a checkpointed layer, returned to the graph of a first pass that records gradients."""
+
 
 class SelectionMode(TorchFunctionMode):
     """Watches one router forward for its expert selection."""

@@ -125,7 +125,7 @@ class ModelTap:
             with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
-            return output
+            return _shown(output, state)
 
         setattr(tapped_forward, _MARK, True)
         return tapped_forward
@@ -149,7 +149,7 @@ class ModelTap:
                 with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
                     return function(*inner_args, **inner_kwargs)
 
-            return checkpoint(follow, *args, **kwargs)
+            return _shown(checkpoint(follow, *args, **kwargs), self._thread)
 
         return checkpoint_with_sessions
 
@@ -186,11 +186,15 @@ class _Shadow:
 
 
 class _ThreadState(threading.local):
-    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed."""
+    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed.
 
-    sessions: tuple[RoutingSession, ...] = ()
-    recompute = False
-    following = False
+    No attribute is the class's: of a thread-local object torch.compile would read these (torch 2.11).
+    """
+
+    def __init__(self) -> None:
+        self.sessions: tuple[RoutingSession, ...] = ()
+        self.recompute = False
+        self.following = False
 
     @contextmanager
     def using(self, sessions: tuple[RoutingSession, ...], recompute: bool, following: bool) -> Iterator[None]:
@@ -200,6 +204,17 @@ class _ThreadState(threading.local):
             yield
         finally:
             self.sessions, self.recompute, self.following = before
+
+
+def _shown(output: Any, state: _ThreadState) -> Any:
+    """The output of a router or a checkpoint, which the sessions have seen where a backward pass may come back to it.
+
+    Within a reentrant checkpoint's first pass there is no graph: the checkpoint's own output is what belongs to one.
+    """
+    if torch.is_grad_enabled() and not state.recompute:
+        for session in state.sessions:
+            session.on_output(output)
+    return output
 
 
 def _in_backward() -> bool:

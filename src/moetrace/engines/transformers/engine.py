@@ -228,15 +228,16 @@ class TransformersEngine:
             weights = loading.load_weights(weights, self._model, self.config)
         checked = check_weights(self._model, weights)
 
-        def apply() -> None:
-            apply_weights(checked)
+        def apply() -> Callable[[], None]:
+            copied = apply_weights(checked)
             self._loop.forget_prefixes()
             self._versions.append(version)
             self._loop.deliver(NewWeights(version))
             if self._capture:
                 self._capture.set_version(len(self._versions) - 1)
+            return copied
 
-        self._between_steps(apply)
+        self._between_steps(apply)()  # then the caller may write to its tensors again
 
     def start_capture(self) -> None:
         """Record again after `stop_capture`; see `Engine.start_capture`."""

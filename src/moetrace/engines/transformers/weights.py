@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -44,7 +44,19 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list
     return [(own[name], tensor) for name, tensor in weights.items()]
 
 
-def apply_weights(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy the new values in, on the current stream."""
+def apply_weights(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """Copy the new values in, on the current stream.
+
+    Returns:
+        What waits for it: until then the new values must stay as they are.
+    """
     for tensor, value in pairs:
         tensor.copy_(value, non_blocking=True)
+    devices = {tensor.device for tensor, _ in pairs if tensor.is_cuda}
+    events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return wait

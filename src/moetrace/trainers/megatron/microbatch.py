@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from moetrace.errors import ReplayError
+from moetrace.replayer.alarm import OnShift, ShiftAlarm
 from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.ranks import pipeline
@@ -32,6 +33,9 @@ class Task(Protocol):
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         """The ids that a router is to use; `again` in a recomputation."""
 
+    def watch(self, output: torch.Tensor) -> None:
+        """A chunk returned this, and its gradient may come."""
+
 
 class Microbatch:
     """The routes of one microbatch for one chunk: of its forward, and of whatever its backward recomputes.
@@ -40,9 +44,9 @@ class Microbatch:
         forwards: forwards of the chunk that ran in it.
     """
 
-    def __init__(self, rows: RankRows | None) -> None:
+    def __init__(self, rows: RankRows | None, on_shift: OnShift) -> None:
         self.forwards = 0
-        self._of_rank = rows
+        self._of_rank, self._on_shift = rows, on_shift
         self._rows: RankRows | None = None
         self._layers: tuple[int, ...] | None = None
 
@@ -64,15 +68,32 @@ class Microbatch:
             self._rows = RankRows(batch)
             self._upload = RoutesUpload(batch)
             self._monitor = OverlapMonitor(batch, self._upload)
+            self._alarm = ShiftAlarm(self._monitor, self._on_shift)
             self._live_somewhere = batch.count(TokenMode.REPLAY) < batch.num_tokens
         self._layers = layers
+
+    def watch(self, output: torch.Tensor) -> None:
+        if self._rows:
+            self._alarm.watch(output)
+
+    def close(self) -> None:
+        """No more forwards come: raise the alarm, or leave it to the backward pass; see `ShiftAlarm`."""
+        if self._rows:
+            self._alarm.close()
 
     def counts(self) -> ReplayCounts | None:
         """What was counted so far in this chunk; None where it does not route. Waits for the device.
 
         Whole numbers that add up over microbatches, and over ranks with the same layers.
+
+        Raises:
+            ShiftedRoutesError: after the context, if a backward pass was to raise it and has not come yet.
         """
-        return self._monitor.counts() if self._rows and self._monitor.forwards else None
+        if not self._rows or not self._monitor.forwards:
+            return None
+        counts = self._monitor.counts()
+        self._alarm.judge()
+        return counts
 
     def stats(self) -> ReplayStats | None:
         """How the live routers of this chunk agreed with the routes: `counts` as shares. Waits for the device."""

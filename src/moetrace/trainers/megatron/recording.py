@@ -45,6 +45,9 @@ class Recording:
             self._ids[router.layer] = live_NK.gather(1, by_score_NK)
         return live_NK
 
+    def watch(self, output: torch.Tensor) -> None:
+        """Nothing to wait for."""
+
     @property
     def layout(self) -> MoeLayout:
         """Of the MoE layers on this rank, which need not be all of the model's."""

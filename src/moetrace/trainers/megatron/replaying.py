@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from moetrace.errors import ReplayError, RouterError
+from moetrace.replayer.alarm import OnShift
 from moetrace.replayer.routes import AlignedRoutes
-from moetrace.replayer.session import OnShift, judge_shift
 from moetrace.trainers.megatron.microbatch import Microbatch, Task
 from moetrace.trainers.megatron.recording import Recording
 from moetrace.trainers.megatron.routers import LocalRouter, LocalRouters, find_routers
@@ -94,19 +94,18 @@ class Replayer:
 
         Args:
             routes: of the tokens that the model is called with on this rank; see `rows_of_rank`.
-            on_shift: what happens at the end when the routes would fit the live routers better shifted by one token;
-                "error" and "warn" wait for the device once, "ignore" does not.
+            on_shift: what happens when the routes would fit the live routers better shifted by one token: at the end
+                on a CPU, and on a GPU where no backward pass is to come; else at the end of the backward pass.
 
         Raises:
             LayoutMismatchError, InvalidTraceError: the routes do not fit the model, or are none.
             ReplayError: they are of another number of tokens, or no forward ran.
             ShiftedRoutesError: see `on_shift`.
         """
-        microbatch = Microbatch(rows_of_rank(routes, self._routers))
+        microbatch = Microbatch(rows_of_rank(routes, self._routers), on_shift)
         with self._run(microbatch):
             yield microbatch
-        if on_shift != "ignore" and (stats := microbatch.stats()):
-            judge_shift(stats, on_shift)
+        microbatch.close()
 
     @contextmanager
     def record(self, recording: Recording | None = None) -> Iterator[Recording]:
@@ -197,6 +196,8 @@ class Replayer:
             for tensor in tree_leaves(output):
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     tensor.register_hook(partial(self._begin_backward, task))
+                    if task is not None:
+                        task.watch(tensor)
 
     def _begin_backward(self, task: Task | None, _: torch.Tensor) -> None:
         if task is not None and self._recomputes and not self._attached:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moetrace.errors import ReplayError
 from moetrace.replayer import ReplayPolicy
-from moetrace.replayer.session import OnShift
+from moetrace.replayer.alarm import OnShift
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""The shift alarm: when a replay is judged, and what is said of routes that fit better shifted by one token.
+
+Reading counts makes the host wait for the device that holds them. Where that costs nothing, a replay is judged at the
+end of its context. Where it does (`defers`), the counts leave for the host behind the forward, and the end of the
+backward pass judges them: by then they have arrived long ago, or else the device has a backward pass to work on while
+the host waits. Both are before the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch.autograd import Variable
+
+from moetrace.errors import ShiftedRoutesError
+from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.monitor import OverlapMonitor
+
+logger = logging.getLogger(__name__)
+OnShift = Literal["error", "warn", "ignore"]
+
+
+def defers(device: torch.device) -> bool:
+    """Whether to leave it to the backward pass to judge what was counted on a device."""
+    return device.type == "cuda"
+
+
+class ShiftAlarm:
+    """Judges what one monitor counted, once.
+
+    Where no backward pass comes after all, the verdict waits: for `judge`, or for the end of whatever could still call
+    it, where routes that are shifted are logged as an error.
+    """
+
+    def __init__(self, monitor: OverlapMonitor, on_shift: OnShift) -> None:
+        self._monitor, self._on_shift = monitor, on_shift
+        self._awaited = False  # a backward pass that has not begun
+        self._forwards = 0  # whose counts were sent
+        self._sent: Callable[[], ReplayCounts] | None = None  # and not judged
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Judge at the end of the backward pass that brings this tensor its gradient, where that is to be deferred."""
+        if self._on_shift != "ignore" and defers(tensor.device):
+            tensor.register_hook(self._on_gradient)
+            self._awaited = True
+
+    def close(self) -> None:
+        """The context is over: judge, unless a backward pass is still to come. No synchronisation then."""
+        if self._on_shift != "ignore":
+            self._send()
+            if not self._awaited:
+                self.judge()
+
+    def _on_gradient(self, _: torch.Tensor) -> None:
+        """The first one of a backward pass; others, and those of a second pass over the same graph, change nothing.
+
+        The engine calls back when all of the pass is queued, and what that raises comes out of `backward()`.
+        """
+        if self._awaited:
+            self._awaited = False
+            self._send()
+            Variable._execution_engine.queue_callback(self.judge)
+
+    def _send(self) -> None:
+        if self._monitor.forwards > self._forwards:
+            if self._sent is not None:
+                self._unjudged.detach()
+            self._forwards = self._monitor.forwards
+            self._sent = self._monitor.send()
+            self._unjudged: weakref.finalize = weakref.finalize(self, _report, self._sent)
+
+    def judge(self) -> None:
+        """Judge what was sent, if nobody has yet. Waits for it to arrive.
+
+        Raises:
+            ShiftedRoutesError: the routes are shifted, and `on_shift` is "error".
+        """
+        if self._sent is None:
+            return
+        counts, self._sent = self._sent, None
+        self._unjudged.detach()
+        alarm = _alarm_of(counts().stats())
+        if alarm is not None and self._on_shift == "error":
+            raise alarm
+        if alarm is not None:
+            logger.warning("%s", alarm)
+
+
+def _alarm_of(stats: ReplayStats) -> ShiftedRoutesError | None:
+    if not stats.shifted:
+        return None
+    return ShiftedRoutesError(
+        f"the routes look shifted by one token: the row {stats.best_shift} than each token's own fits better",
+        expected=f"highest overlap with the given rows (now {stats.overlap:.3f})",
+        got=f"{stats.shift_gain:+.3f} overlap when shifted",
+        fix="Row t must be the routing while token t was the input; check the producer with a known model.",
+    )
+
+
+def _report(counts: Callable[[], ReplayCounts]) -> None:
+    alarm = _alarm_of(counts().stats())
+    if alarm is not None:
+        logger.error("no backward pass came that would have raised this: %s", alarm)
