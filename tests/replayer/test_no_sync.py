@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,10 @@ def run(model: Any, name: str, policy: ReplayPolicy, device: str = "cpu") -> Rep
     return session
 
 
-def step(model: Any, tokens: torch.Tensor, context: Any = None) -> torch.Tensor:
+def step(model: Any, tokens: torch.Tensor, context: Any = None, **inputs: Any) -> torch.Tensor:
     """The forward of a training step within a context, to its loss."""
     with context or nullcontext():
-        return model(tokens, use_cache=False).logits.float().square().mean()
+        return model(tokens, use_cache=False, **inputs).logits.float().square().mean()
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -211,23 +212,26 @@ def test_on_a_gpu_no_selection_waits_and_one_pinned_copy_is_made(
 CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 
 
-def on_gpu(reentrant: bool | None, by: int = 0) -> tuple[Any, torch.Tensor, Callable[[], Any]]:
-    """A model that waits for nothing itself, a batch, and replays of its own routes, `by` tokens late."""
-    model = build("gpt_oss", experts="batched_mm").cuda().train()  # most others look for packed sequences, and wait
+def on_gpu(reentrant: bool | None, by: int = 0) -> tuple[Callable[..., torch.Tensor], Callable[[], Any]]:
+    """The step of a model that waits for nothing itself, and replays of its own routes, `by` tokens late."""
+    model = build("mixtral", experts="batched_mm").cuda().train()
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     tokens = random_tokens(1, 64)
-    on_device = tokens.cuda()
+    causal = torch.full((1, 1, 64, 64), torch.finfo(torch.float32).min, device="cuda").triu(1)
+    own_step = partial(
+        step, model, tokens.cuda(), attention_mask=causal
+    )  # else it looks for packed sequences, and waits
     with torch.no_grad(), record(model) as recording:
-        model(on_device, use_cache=False)
+        own_step()
     (own,) = recording.traces(tokens)
     ids_TLK = np.roll(own.experts_TLK, by, axis=0)
     given = RoutingTrace.build(ids_TLK, own.layout, tokens[0].numpy(), fingerprint=own.fingerprint)
     for _ in range(2):  # pinned memory, handles of libraries
-        step(model, on_device, replay(model, given, input_ids=tokens, on_shift="warn")).backward()
+        own_step(replay(model, given, input_ids=tokens, on_shift="warn")).backward()
     with refusing():
-        step(model, on_device).backward()
-    return model, on_device, lambda: replay(model, given, input_ids=tokens)
+        own_step().backward()
+    return own_step, lambda: replay(model, given, input_ids=tokens)
 
 
 @NEEDS_GPU
@@ -236,9 +240,9 @@ def on_gpu(reentrant: bool | None, by: int = 0) -> tuple[Any, torch.Tensor, Call
 def test_on_a_gpu_a_step_whose_counts_are_ready_waits_for_nothing(
     reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokens, replaying = on_gpu(reentrant)
+    own_step, replaying = on_gpu(reentrant)
     with refusing():
-        loss = step(model, tokens, replaying())
+        loss = own_step(replaying())
     torch.cuda.synchronize()  # the counts are ready
     monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda _: pytest.fail("a wait that no debug mode sees"))
     with refusing():
@@ -249,11 +253,11 @@ def test_on_a_gpu_a_step_whose_counts_are_ready_waits_for_nothing(
 @CHECKPOINTS
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_on_a_gpu_a_forward_is_over_before_the_device_has_begun_it(reentrant: bool | None) -> None:
-    model, tokens, replaying = on_gpu(reentrant)
+    own_step, replaying = on_gpu(reentrant)
     torch.cuda._sleep(2_000_000_000)  # about a second
     began = torch.cuda.Event()
     began.record()
-    loss = step(model, tokens, replaying())
+    loss = own_step(replaying())
     assert not began.query(), "the host waited for the device"
     loss.backward()
     assert began.query(), "the counts were judged before they were there"
@@ -263,9 +267,9 @@ def test_on_a_gpu_a_forward_is_over_before_the_device_has_begun_it(reentrant: bo
 @CHECKPOINTS
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 def test_on_a_gpu_backward_raises_the_alarm(reentrant: bool | None) -> None:
-    model, tokens, replaying = on_gpu(reentrant, by=1)
-    loss = step(model, tokens, replaying())
+    own_step, replaying = on_gpu(reentrant, by=1)
+    loss = own_step(replaying())
     with pytest.raises(ShiftedRoutesError):
         loss.backward()
     with torch.no_grad(), pytest.raises(ShiftedRoutesError):
-        step(model, tokens, replaying())
+        own_step(replaying())

@@ -10,7 +10,6 @@ pages, and lets other threads act between two steps. What is joined and where:
     _generation_step            a step is launched
       _get_forward_fn           the forward and then the listener's commit; both inside the CUDA graph
       _get_graph_key            which has a commit or none
-      update (of the cache)     what padding leaves behind is no number that others could read
     update_batch                results of a step (with asynchronous batching, of the one before)
       mark_*_complete           equal pages become one
       copy                      a fork copies pages
@@ -57,7 +56,6 @@ class BatchLoop:
         self._cancelled: dict[str, Any] = {}
         self._preempting = False
         self._stale: set[str] = set()
-        self._padding_N: torch.Tensor | None = None
         self._joined = ExitStack()
         with self.on_compute_stream():  # where the warm-up comes next
             _clear(self._cache)
@@ -67,11 +65,8 @@ class BatchLoop:
         self.join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
         self.join(self._cache, "free_blocks", self._free)
         self.join(self._offloading, "offload_requests", self._preempt)
-        if self.device.type == "cuda" and not self._processor.use_async_batching:
-            self.join(self._processor, "_generation_step", self._after_inputs)
-        if self._runner.pad_inputs and self._device_ios()[0].attention_mask is None:  # flash attention, in CUDA graphs
-            self.join(self._runner, "_get_forward_fn", self._forward_past_padding)
-            self.join(self._cache, "update", self._without_padding)
+        if self.device.type == "cuda":
+            self.join(self._processor, "_generation_step", self._after_this_thread)
 
     @property
     def device(self) -> torch.device:
@@ -264,35 +259,13 @@ class BatchLoop:
                 if was != now:
                     self._listener.replaced(state.request_id, index, was)
 
-    def _after_inputs(self, own: Callable[..., None], model: nn.Module) -> None:
-        """Without asynchronous batching a step's inputs are written on the thread's current stream and read on the
-        compute stream, and neither waits: under load a step would compute the tokens of the step before it again."""
-        inputs_written = torch.cuda.current_stream(self.device)
-        self._processor.inputs_and_outputs.compute_stream.wait_stream(inputs_written)
+    def _after_this_thread(self, own: Callable[..., None], model: nn.Module) -> None:
+        """The engine copies forked pages, and without asynchronous batching writes a step's inputs, on this thread's
+        current stream; the compute stream reads them and does not wait. Under load a step would compute the tokens of
+        the step before it again, and a fork read what its pages held before."""
+        written = torch.cuda.current_stream(self.device)
+        self._processor.inputs_and_outputs.compute_stream.wait_stream(written)
         own(model)
-
-    def _forward_past_padding(self, own: Callable[..., tuple[Callable, bool]], by_table: bool) -> tuple[Callable, bool]:
-        forward, in_graph = own(by_table)
-
-        def forward_past_padding(model: nn.Module, batch_data: dict[str, Any], *rest: Any) -> None:
-            count = torch.arange(batch_data["input_ids"].numel(), device=self.device)
-            self._padding_N = count >= batch_data["cu_seq_lens_q"][-1]
-            try:
-                forward(model, batch_data, *rest)
-            finally:
-                self._padding_N = None
-
-        return (forward if by_table else forward_past_padding), in_graph
-
-    def _without_padding(
-        self, own: Callable[..., Any], key_states: torch.Tensor, value_states: torch.Tensor, *rest: Any, **named: Any
-    ) -> Any:
-        """Flash attention leaves its output for padding unwritten, so that the next layer makes keys and values of what
-        happens to lie in memory. It reads beyond a sequence's end with a weight of zero, and zero times NaN is NaN:
-        the last sequence of a step would break, and the engine with it."""
-        if self._padding_N is not None:
-            value_states = value_states.masked_fill(self._padding_N[:, None], 0.0)
-        return own(key_states, value_states, *rest, **named)
 
     def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
         assert self._listener is not None
