@@ -79,8 +79,9 @@ def test_what_lies_in_memory_is_never_read(attention: str) -> None:
     model.set_attn_implementation(attention)
     model._supports_flash_attn = attention != "sdpa"  # else the engine switches to it
     config = EngineConfig(enable_return_routed_experts=True, kv_cache_tokens=1 << 16, max_batch_tokens=256, seed=0)
-    for size in [1 << 30, *[1 << 24] * 64, *[1 << 18] * 512, *[1 << 10] * 512]:  # free again at once
-        torch.full((size // 2,), float("nan"), dtype=torch.bfloat16, device="cuda")
+    sizes = [1 << 30, *[1 << 24] * 64, *[1 << 18] * 512, *[1 << 10] * 512]
+    held = [torch.full((size // 2,), float("nan"), dtype=torch.bfloat16, device="cuda") for size in sizes]
+    del held
     engine = TransformersEngine(model, config)
     rng = np.random.default_rng(0)
     running = [
