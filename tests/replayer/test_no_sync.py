@@ -219,9 +219,8 @@ def on_gpu(reentrant: bool | None, by: int = 0) -> tuple[Callable[..., torch.Ten
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     tokens = random_tokens(1, 64)
     causal = torch.full((1, 1, 64, 64), torch.finfo(torch.float32).min, device="cuda").triu(1)
-    own_step = partial(
-        step, model, tokens.cuda(), attention_mask=causal
-    )  # else it looks for packed sequences, and waits
+    # with a whole mask the model does not look for packed sequences, and so does not wait
+    own_step = partial(step, model, tokens.cuda(), attention_mask=causal)
     with torch.no_grad(), record(model) as recording:
         own_step()
     (own,) = recording.traces(tokens)
