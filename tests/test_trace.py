@@ -187,6 +187,26 @@ def test_an_id_out_of_range_is_refused_and_never_wraps(bad: int, shown: str) -> 
         build(experts_TLK=ids)
 
 
+def test_rows_that_somebody_has_checked_are_not_looked_at_again_but_everything_else_is() -> None:
+    layout, tokens = MoeLayout((0,), 16, 2), [1, 2, 3]
+    twice = np.full((2, 1, 2), 5, np.uint8)
+    with pytest.raises(InvalidTraceError, match="names one expert twice"):
+        RoutingTrace.build(twice, layout, tokens)
+    trace = RoutingTrace.build(twice, layout, tokens, rows_checked=True)
+    assert trace.experts_TLK.tolist() == twice.tolist()
+    for wrong in (
+        {"experts_TLK": twice[:, :, :1]},
+        {"tokens": [1]},
+        {"weight_spans": [WeightSpan(1, "v")]},
+        {"valid_T": np.ones(3, bool)},
+    ):
+        with pytest.raises(InvalidTraceError):
+            RoutingTrace.build(
+                **{"experts_TLK": twice, "layout": layout, "tokens": tokens, **wrong},  # type: ignore[arg-type]
+                rows_checked=True,
+            )
+
+
 def test_an_id_out_of_range_in_the_right_dtype_is_refused() -> None:
     ids = np.array(IDS, np.uint8)
     ids[0, 0, 0] = 8

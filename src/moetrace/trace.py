@@ -7,7 +7,7 @@ was in force while token `start + t` was the input, that is, while the distribut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -57,6 +57,7 @@ class RoutingTrace:
     order: Order = "rank"
     fingerprint: str = ""
     engine: str = ""
+    rows_checked: InitVar[bool] = False
 
     @classmethod
     def build(
@@ -71,6 +72,7 @@ class RoutingTrace:
         order: Order = "rank",
         fingerprint: str = "",
         engine: str = "",
+        rows_checked: bool = False,
     ) -> RoutingTrace:
         """Make a trace from ids of any integer dtype; ids of rows that are not valid are dropped.
 
@@ -79,6 +81,9 @@ class RoutingTrace:
             layout: the model's layout.
             tokens: the token ids from position 0 on, `start + T` or `start + T + 1` of them or more.
             valid_T: `[T]` bool; all rows are valid when None.
+            rows_checked: do not look at the ids again: whoever wrote the rows has made sure that those of a valid row
+                are in range and distinct, and that the others hold zeros. For 32,768 tokens that look is most of what a
+                trace costs.
 
         Raises:
             InvalidTraceError: shapes, ranges, duplicates or counts do not fit together.
@@ -91,18 +96,8 @@ class RoutingTrace:
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
             )
         valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else np.asarray(valid_T, dtype=bool)
-        if (
-            valid_T.shape == experts_TLK.shape[:1] and not valid_T.all()
-        ):  # other shapes: __post_init__ says what is wrong
-            experts_TLK = np.where(valid_T[:, None, None], experts_TLK, 0)
-        if experts_TLK.size and not 0 <= experts_TLK.min() <= experts_TLK.max() < layout.num_experts:
-            row, layer, rank = np.argwhere((experts_TLK < 0) | (experts_TLK >= layout.num_experts))[0]
-            raise InvalidTraceError(
-                f"an expert id of row {row}, layer {layout.layers[layer] if layer < layout.num_layers else layer} "
-                "is out of range",
-                expected=f"0 <= id < {layout.num_experts}",
-                got=experts_TLK[row, layer, rank],
-            )
+        if not rows_checked:
+            experts_TLK = _in_range(experts_TLK, valid_T, layout)
         tokens = require_token_ids(np.array(tokens, dtype=np.int64))
         return cls(
             experts_TLK=_frozen(experts_TLK.astype(layout.dtype, order="C", copy=experts_TLK.flags.writeable)),
@@ -116,9 +111,10 @@ class RoutingTrace:
             order=order,
             fingerprint=fingerprint,
             engine=engine,
+            rows_checked=rows_checked,
         )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, rows_checked: bool) -> None:
         for name in ("num_tokens", "start"):
             object.__setattr__(self, name, as_int(getattr(self, name), name))
         for name in ("token_sha256", "fingerprint", "engine"):
@@ -127,7 +123,7 @@ class RoutingTrace:
             array = getattr(self, name)
             if array is not None and (array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous)):
                 object.__setattr__(self, name, _frozen(np.array(array, order="C")))
-        require_valid(self)
+        require_valid(self, rows_checked)
 
     @property
     def num_rows(self) -> int:
@@ -193,6 +189,7 @@ class RoutingTrace:
             valid_T=self.valid_T[first:last],
             start=start,
             weight_spans=cut_spans(self.weight_spans, first, last),
+            rows_checked=True,
         )
 
     def concat(self, later: RoutingTrace) -> RoutingTrace:
@@ -233,6 +230,7 @@ class RoutingTrace:
             start=self.start,
             weight_spans=joined_spans(self.weight_spans, later.weight_spans, self.num_rows),
             order="rank" if self.order == later.order == "rank" else "set",
+            rows_checked=True,
         )
 
     def _require_continued_by(self, tokens: np.ndarray) -> None:
@@ -306,6 +304,21 @@ class RoutingTrace:
                 got=f"token {tokens[position]}",
                 fix="Pass the traces in the order of the sequences, and the token ids that the engine returned.",
             )
+
+
+def _in_range(experts_TLK: np.ndarray, valid_T: np.ndarray, layout: MoeLayout) -> np.ndarray:
+    """The ids, zero in rows that are not valid; they must fit the layout's type to be looked at further."""
+    if valid_T.shape == experts_TLK.shape[:1] and not valid_T.all():  # other shapes: __post_init__ says what is wrong
+        experts_TLK = np.where(valid_T[:, None, None], experts_TLK, 0)
+    if experts_TLK.size and not 0 <= experts_TLK.min() <= experts_TLK.max() < layout.num_experts:
+        row, layer, rank = np.argwhere((experts_TLK < 0) | (experts_TLK >= layout.num_experts))[0]
+        raise InvalidTraceError(
+            f"an expert id of row {row}, layer {layout.layers[layer] if layer < layout.num_layers else layer} "
+            "is out of range",
+            expected=f"0 <= id < {layout.num_experts}",
+            got=experts_TLK[row, layer, rank],
+        )
+    return experts_TLK
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

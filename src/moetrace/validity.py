@@ -22,16 +22,22 @@ _PARALLEL_FROM = 16 * _CHECKED_IDS
 _MAX_THREADS = 4
 
 
-def require_valid(trace: RoutingTrace) -> None:
-    """Raise `InvalidTraceError` unless shapes, ranges, tokens and spans fit together."""
-    _require_arrays(trace)
+def require_valid(trace: RoutingTrace, rows_checked: bool) -> None:
+    """Raise `InvalidTraceError` unless shapes, ranges, tokens and spans fit together.
+
+    Args:
+        rows_checked: the rows' ids are in range and distinct, and zero where they are not valid: somebody has looked.
+    """
+    _require_shapes(trace)
+    if not rows_checked:
+        _require_ids(trace)
     _require_tokens(trace)
     _require_spans(trace)
     if trace.order not in ("rank", "set"):
         raise InvalidTraceError("order is unknown", expected="'rank' or 'set'", got=repr(trace.order))
 
 
-def _require_arrays(trace: RoutingTrace) -> None:
+def _require_shapes(trace: RoutingTrace) -> None:
     experts_TLK, valid_T, layout = trace.experts_TLK, trace.valid_T, trace.layout
     if valid_T.dtype != np.bool_ or valid_T.ndim != 1:
         raise InvalidTraceError("valid_T must be [T] bool", got=f"shape {valid_T.shape}, dtype {valid_T.dtype}")
@@ -43,6 +49,10 @@ def _require_arrays(trace: RoutingTrace) -> None:
             got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
             fix="Axes are [T, L, K], token-major; use RoutingTrace.build to narrow other integer dtypes.",
         )
+
+
+def _require_ids(trace: RoutingTrace) -> None:
+    experts_TLK, valid_T, layout = trace.experts_TLK, trace.valid_T, trace.layout
     if experts_TLK.size and int(experts_TLK.max()) >= layout.num_experts:
         raise InvalidTraceError(
             "an expert id is out of range", expected=f"id < {layout.num_experts}", got=int(experts_TLK.max())

@@ -26,9 +26,8 @@ def filled(layout: MoeLayout, capacity: int, device: str, seed: int = 0) -> Stag
     staging = Staging(layout, capacity, torch.device(device))
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(layout.num_layers, capacity, layout.num_experts, generator=generator)
-    ids_LNK = draws.argsort(-1)[..., : layout.top_k]
-    ids_LNK[0, 0, 0], ids_LNK[-1, -1, -1] = layout.num_experts - 1, 0
-    staging.ids_LNK.copy_(ids_LNK)
+    draws[0, 0, layout.num_experts - 1] = draws[-1, -1, 0] = -1.0
+    staging.ids_LNK.copy_(draws.argsort(-1)[..., : layout.top_k])
     return staging
 
 
@@ -156,8 +155,8 @@ def test_a_step_that_wrote_nothing_leaves_no_row_of_the_step_before(device: str,
     store.commit(staging, place([5, 6, 7, 8], [0, 9, None, 3], PAGE, device))  # padding may be a token the next time
     assert (staging.ids_LNK[:, :4] == NO_EXPERT).all()
     assert (staging.ids_LNK[:, 4:] >= 0).all()
-    staging.ids_LNK[:, 0] = 1
-    staging.ids_LNK[0, 1] = 1  # one layer of two
+    staging.ids_LNK[:, 0] = torch.arange(2, device=device)
+    staging.ids_LNK[0, 1] = torch.arange(2, device=device)  # one layer of two
     store.commit(staging, place([5, 6, 7, 8], [1, 10, 20, 4], PAGE, device))
     _, marks_S2 = store.take(range(PAGES)).read(0, PAGES)
     assert {slot: token for slot, token in enumerate(marks_S2[:, 0].tolist()) if token != NO_TOKEN} == {
@@ -166,6 +165,21 @@ def test_a_step_that_wrote_nothing_leaves_no_row_of_the_step_before(device: str,
         3: 8,
         1: 5,
     }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wrong", [40, -3, 1 << 40, "twice", "twice, far apart"])
+def test_a_row_that_is_none_is_not_marked_as_one(device: str, wrong: int | str) -> None:
+    store = RowStore(MoeLayout((0, 1, 2), 40, 6), PAGES, PAGE, torch.device(device))
+    staging = filled(store.layout, 5, device)
+    of_router = staging.ids_LNK[1, 3]
+    if isinstance(wrong, int):
+        of_router[4] = wrong
+    else:
+        of_router[0] = of_router[1 if wrong == "twice" else 3]
+    store.commit(staging, by_index([7, 7, 7, 7, 7], [0, 1, 2, 3, 4], PAGE, device))
+    _, marks_S2 = store.take(range(PAGES)).read(0, PAGES)
+    assert marks_S2[:5, 0].tolist() == [7, 7, 7, NO_TOKEN, 7]
 
 
 @pytest.mark.parametrize("device", DEVICES)

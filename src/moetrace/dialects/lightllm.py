@@ -26,6 +26,7 @@ from moetrace.dialects.checks import (
     require_id_type,
     rows_from,
 )
+from moetrace.dialects.lazy import LazyIds
 from moetrace.errors import FormatError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
@@ -45,23 +46,19 @@ def to_lightllm(trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType
         FormatError: the model's expert ids do not fit `dtype`.
     """
     facts, ids = lightllm_parts(trace, layout=layout, dtype=dtype)
-    return facts | {"data": encode_base64(ids.tobytes())}
+    return facts | {"data": encode_base64(ids.read(0, ids.nbytes).tobytes())}
 
 
 def lightllm_parts(
     trace: RoutingTrace, *, layout: AxisOrder = "LTK", dtype: IdType = "int32"
-) -> tuple[dict[str, Any], np.ndarray]:
-    """`to_lightllm` for who encodes by themselves: the payload with None as `data`, and the ids, in C order.
+) -> tuple[dict[str, Any], LazyIds]:
+    """`to_lightllm` for who encodes by themselves: the payload with None as `data`, and the ids.
 
     Raises:
         FormatError: the model's expert ids do not fit `dtype`.
     """
     require_id_type(trace.layout, dtype)
-    ids = trace.experts_TLK.transpose(1, 0, 2) if layout == "LTK" else trace.experts_TLK
-    missing_T = ~trace.valid_T
-    ids = ids.astype(np.dtype(dtype).newbyteorder("<"), order="C", copy=bool(missing_T.any()))
-    if missing_T.any():
-        ids[(slice(None), missing_T) if layout == "LTK" else missing_T] = _missing(dtype)
+    ids = LazyIds(trace, layer_major=layout == "LTK", dtype=dtype, missing=_missing(dtype))
     facts = {"shape": list(ids.shape), "dtype": dtype, "data": None, "layout": layout}
     return facts | describe(trace), ids
 

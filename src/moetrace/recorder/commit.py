@@ -56,7 +56,7 @@ class StepSlots:
 def commit_rows(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) -> None:
     """For every token n with a slot, write the row `ids_LNK[:, n]` and its mark (token, version) into that slot.
 
-    A row that lacks an id is no row: its token in the mark is `NO_TOKEN`.
+    A row in which an id is missing, out of range or twice in a layer is no row: its token in the mark is `NO_TOKEN`.
 
     Args:
         ids_LNK: int64, with room for the step's N tokens or more; those of the step are `NO_EXPERT` afterwards.
@@ -75,8 +75,11 @@ def commit_rows_twin(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) ->
     """What the kernel does, in torch: for CPUs, and to hold the kernel to."""
     slots_N = step.slots(store.page_size)
     kept_M = ((slots_N >= 0) & (slots_N < len(store.rows_SR))).nonzero().squeeze(1)
-    ids_NR = ids_LNK[:, : len(slots_N)].permute(1, 0, 2).reshape(len(slots_N), -1)
-    tokens_N = torch.where((ids_NR < 0).any(1), NO_TOKEN, step.tokens_N.int())
+    ids_NLK = ids_LNK[:, : len(slots_N)].transpose(0, 1)
+    sorted_NLK = ids_NLK.sort(-1).values
+    wrong_N = ((ids_NLK < 0) | (ids_NLK >= store.layout.num_experts)).any(-1).any(-1)
+    wrong_N |= (sorted_NLK[..., 1:] == sorted_NLK[..., :-1]).any(-1).any(-1)
+    ids_NR, tokens_N = ids_NLK.flatten(1), torch.where(wrong_N, NO_TOKEN, step.tokens_N.int())
     marks_N2 = torch.stack([tokens_N, store.version_1.expand(len(slots_N))], 1)
     store.rows_SR.index_copy_(0, slots_N[kept_M], ids_NR.to(store.rows_SR.dtype)[kept_M])
     store.marks_S2.index_copy_(0, slots_N[kept_M], marks_N2[kept_M])

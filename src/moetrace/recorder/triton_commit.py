@@ -1,7 +1,7 @@
 """The commit kernel. Imported on CUDA only.
 
 One program writes one token's row: read as L runs of K int64, written as one run of L * K bytes (or pairs of bytes).
-Where it read it leaves `NO_EXPERT`.
+It looks at the ids on their way, and leaves `NO_EXPERT` where they were.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
     places,
     positions,
     num_slots,
+    num_experts,
     layer_stride,
     table_width,
     PAGE: tl.constexpr,
@@ -53,16 +54,22 @@ def _commit(  # type: ignore[no-untyped-def]  # Triton reads annotations
         offset = place % STRIDE
     slot = place // STRIDE * PAGE + offset
     kept = (place >= 0) & (slot < num_slots)  # padding has no place, or one that nobody reads
-    smallest = tl.full((), 0, tl.int64)
+    wrong = tl.full((), 0, tl.int32)
+    for first in tl.static_range(0, ROW, BLOCK):
+        lane = first + tl.arange(0, BLOCK)
+        route = ids + (lane // K).to(tl.int64) * layer_stride + n * K
+        value = tl.load(route + lane % K, mask=lane < ROW, other=0)
+        is_wrong = (value < 0) | (value >= num_experts)
+        for by in tl.static_range(1, K // 2 + 1):  # with the others of its layer, in a circle
+            is_wrong |= value == tl.load(route + (lane + by) % K, mask=lane < ROW, other=-1)
+        wrong = tl.maximum(wrong, tl.max((is_wrong & (lane < ROW)).to(tl.int32)))
+        tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=(lane < ROW) & kept)
+    tl.debug_barrier()  # an id is read by several threads: all of them before one writes
     for first in tl.static_range(0, ROW, BLOCK):
         lane = first + tl.arange(0, BLOCK)
         source = ids + (lane // K).to(tl.int64) * layer_stride + n * K + lane % K
-        value = tl.load(source, mask=lane < ROW, other=0)
-        tl.debug_barrier()  # a short row is read by several threads a number: all of them before one writes
         tl.store(source, tl.full((BLOCK,), _NO_EXPERT, tl.int64), mask=lane < ROW)
-        tl.store(rows + slot * ROW + lane, value.to(rows.dtype.element_ty), mask=(lane < ROW) & kept)
-        smallest = tl.minimum(smallest, tl.min(value))
-    token = tl.where(smallest < 0, _NO_TOKEN, tl.load(tokens + n).to(tl.int32))
+    token = tl.where(wrong > 0, _NO_TOKEN, tl.load(tokens + n).to(tl.int32))
     tl.store(marks + slot * 2, token, mask=kept)
     tl.store(marks + slot * 2 + 1, tl.load(version), mask=kept)
 
@@ -82,6 +89,7 @@ def launch(ids_LNK: torch.Tensor, step: StepSlots, store: RowStore) -> None:
         places,
         step.positions_N if by_table else step.tokens_N,
         len(store.rows_SR),
+        store.layout.num_experts,
         ids_LNK.stride(0),
         places.stride(0),
         PAGE=store.page_size,

@@ -10,7 +10,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pybase64
@@ -23,27 +23,49 @@ _BLOCK = 3 << 18
 """Bytes that are made base64 at a time, in a worker thread. Divisible by 3: only the last block is padded."""
 
 
+class Readable(Protocol):
+    """Bytes that exist when they are read."""
+
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes `start <= b < stop`, a uint8 array. Called in worker threads."""
+        ...
+
+
+class _Memory:
+    """Bytes that exist already."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._bytes = array.reshape(-1).view(np.uint8)
+        self.nbytes = array.nbytes
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._bytes[start:stop]
+
+
 class Base64:
     """The base64 of some memory, in JSON a text. It is made when it is sent.
 
     Args:
-        data: bytes, or an array in C order; not to be changed from now on.
+        data: bytes, an array in C order, or what makes its bytes when they are read; not to be changed from now on.
     """
 
-    def __init__(self, data: bytes | np.ndarray) -> None:
-        flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-        self._view = flat.data
+    def __init__(self, data: bytes | np.ndarray | Readable) -> None:
+        if isinstance(data, bytes):
+            data = np.frombuffer(data, np.uint8)
+        self._data: Readable = _Memory(data) if isinstance(data, np.ndarray) else data
 
     def __len__(self) -> int:
-        return -(-len(self._view) // 3) * 4
+        return -(-self._data.nbytes // 3) * 4
 
     def blocks(self) -> range:
         """Where blocks begin."""
-        return range(0, len(self._view), _BLOCK)
+        return range(0, self._data.nbytes, _BLOCK)
 
     def block(self, start: int) -> bytes:
         """The base64 of one block."""
-        return pybase64.b64encode(self._view[start : start + _BLOCK])
+        return pybase64.b64encode(self._data.read(start, min(start + _BLOCK, self._data.nbytes)).data)
 
 
 class Body:

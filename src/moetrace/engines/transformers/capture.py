@@ -187,6 +187,7 @@ class StepCapture:
             order=self.order,
             fingerprint=self.fingerprint,
             engine=engine,
+            rows_checked=True,  # by the commit
         )
 
     def peek(self, request_id: str, start: int, stop: int) -> list[_Part] | None:
