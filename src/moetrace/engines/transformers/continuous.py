@@ -57,6 +57,7 @@ class BatchLoop:
         self._preempting = False
         self._stale: set[str] = set()
         self._joined = ExitStack()
+        self._wait_for_this_thread()  # memory that it freed a moment ago may be the cache's now
         with self.on_compute_stream():  # where the warm-up comes next
             _clear(self._cache)
         self.join(self._processor, "prepare_next_batch", self._between_steps)
@@ -263,9 +264,13 @@ class BatchLoop:
         """The engine copies forked pages, and without asynchronous batching writes a step's inputs, on this thread's
         current stream; the compute stream reads them and does not wait. Under load a step would compute the tokens of
         the step before it again, and a fork read what its pages held before."""
-        written = torch.cuda.current_stream(self.device)
-        self._processor.inputs_and_outputs.compute_stream.wait_stream(written)
+        self._wait_for_this_thread()
         own(model)
+
+    def _wait_for_this_thread(self) -> None:
+        """Let the compute stream wait for what this thread's current stream has been given so far."""
+        if self.device.type == "cuda":
+            self._processor.inputs_and_outputs.compute_stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
         assert self._listener is not None
