@@ -46,7 +46,8 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
             if curves:
                 steps, _ = max(curves, key=lambda pair: len(pair[0]))
                 means = [np.mean([v[i] for _, v in curves if i < len(v)]) for i in range(len(steps))]
-                axis.plot(steps, means, color=colour, linewidth=2, label=f"{variant} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+                seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+                axis.plot(steps, means, color=colour, linewidth=2, label=f"{variant} ({seeds})")
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.title.set_fontsize(10)
     if axes[0, 0].lines:

@@ -12,7 +12,7 @@ import pytest
 from asgi import Call
 from fastapi import FastAPI
 
-from moetrace.server.bodies import PIECE, Base64, Body, BodyResponse, encode_json
+from moetrace.server.bodies import PIECE, Base64, Body, BodyResponse, Joined, encode_json
 
 SIZES = [0, 1, 2, 3, 4, PIECE, 3 * PIECE - 1, 3 * PIECE, 3 * PIECE + 1, 7 * PIECE + 5]
 
@@ -45,6 +45,15 @@ def test_an_array_is_its_memory(dtype: str) -> None:
     array.setflags(write=False)  # as a trace's is
     assert json.loads(bytes(encode_json(Base64(array)))) == base64.b64encode(array.tobytes()).decode()
     assert bytes(encode_json(Base64(array[:0]))) == b'""'
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (5, 0, 7), (3 * PIECE - 1, 2, 6 * PIECE, 1)])
+def test_parts_are_sent_as_if_they_lay_side_by_side(sizes: tuple[int, ...]) -> None:
+    parts = [data_of(size) for size in sizes]
+    joined = Joined(*(np.frombuffer(part, np.uint16) if len(part) % 2 == 0 else part for part in parts))
+    assert joined.nbytes == sum(sizes)
+    assert joined.read(0, joined.nbytes).tobytes() == b"".join(parts)
+    assert b"".join(pieces_of(encode_json(Base64(joined)))) == b'"' + base64.b64encode(b"".join(parts)) + b'"'
 
 
 def test_bodies_add_up() -> None:

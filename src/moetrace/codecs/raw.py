@@ -22,6 +22,10 @@ class Raw(Codec):
     def encode_block(self, ids_NK: np.ndarray, layout: MoeLayout) -> list[np.ndarray]:
         return [np.ascontiguousarray(ids_NK).view(np.uint8).reshape(-1)]
 
+    def encode(self, experts_VLK: np.ndarray, layout: MoeLayout) -> np.ndarray:
+        self.check(layout)
+        return np.ascontiguousarray(experts_VLK).reshape(-1).view(np.uint8)
+
     def decode_block(self, packed: Any, out: Any, layout: MoeLayout, arrays: Arrays) -> None:
         bytes_ = out.view(packed.dtype).reshape(*out.shape, out.dtype.itemsize)
         width = layout.dtype.itemsize

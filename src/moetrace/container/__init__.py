@@ -3,7 +3,7 @@
 from moetrace.container.envelope import KEY, BytesSource, FileSource, RangeSource, Source
 from moetrace.container.header import TraceHeader
 from moetrace.container.reader import MAX_BYTES, Container
-from moetrace.container.writer import VERSION, write
+from moetrace.container.writer import VERSION, write, write_parts
 
 __all__ = [
     "KEY",
@@ -16,4 +16,5 @@ __all__ = [
     "Source",
     "TraceHeader",
     "write",
+    "write_parts",
 ]

@@ -23,8 +23,9 @@ HEADER_SHARE = 32
 """A parsed header takes up to so many times its own length, so its length is at most this part of the limit."""
 
 
-def write_envelope(tensors: Mapping[str, np.ndarray], text: str) -> bytes:
-    """A safetensors file, the bytes that the library would write: largest dtype first, then by name.
+def envelope_parts(tensors: Mapping[str, np.ndarray], text: str) -> list[np.ndarray]:
+    """A safetensors file in parts, uint8 arrays; together the bytes that the library would write: largest dtype first,
+    then by name. Tensors in C order are not copied.
 
     Args:
         tensors: of the types in `DTYPES`.
@@ -34,12 +35,12 @@ def write_envelope(tensors: Mapping[str, np.ndarray], text: str) -> bytes:
     header: dict[str, Any] = {"__metadata__": {KEY: text}}
     blobs, offset = [], 0
     for name, array in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        blobs.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        blobs.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         spec = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [offset, offset + array.nbytes]}
         header[name], offset = spec, offset + array.nbytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *blobs])
+    return [np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8), *blobs]
 
 
 class Source(Protocol):

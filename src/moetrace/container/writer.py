@@ -10,7 +10,7 @@ import numpy as np
 
 from moetrace import codecs
 from moetrace.codecs.packing import pack
-from moetrace.container.envelope import write_envelope
+from moetrace.container.envelope import envelope_parts
 from moetrace.container.header import TraceHeader
 from moetrace.trace import RoutingTrace
 
@@ -24,14 +24,20 @@ def write(traces: Sequence[RoutingTrace], codec: str) -> bytes:
         FormatError: the codec is unknown or cannot hold a trace's layout.
         MissingExtraError: it needs zstd, which is not installed.
     """
+    return b"".join(part.data for part in write_parts(traces, codec)[1])
+
+
+def write_parts(traces: Sequence[RoutingTrace], codec: str) -> tuple[list[TraceHeader], list[np.ndarray]]:
+    """`write` for who sends it on: its headers, and its bytes as uint8 arrays, those of codec `raw` not copied."""
     tensors: dict[str, np.ndarray] = {}
     headers = []
     for i, trace in enumerate(traces):
         header, arrays = _encode(trace, codec)
-        headers.append(header.to_json())
+        headers.append(header)
         tensors |= {f"{i}.{name}": array for name, array in arrays.items()}
-    content = {"version": VERSION, "traces": headers, "sha256": header_sha256(VERSION, headers)}
-    return write_envelope(tensors, _canonical_json(content))
+    told = [header.to_json() for header in headers]
+    content = {"version": VERSION, "traces": told, "sha256": header_sha256(VERSION, told)}
+    return headers, envelope_parts(tensors, _canonical_json(content))
 
 
 def payload_sha256(arrays: Iterable[np.ndarray]) -> str:

@@ -33,15 +33,28 @@ class Readable(Protocol):
         ...
 
 
-class _Memory:
-    """Bytes that exist already."""
+class Joined:
+    """Memory as if it lay side by side.
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._bytes = array.reshape(-1).view(np.uint8)
-        self.nbytes = array.nbytes
+    Args:
+        parts: bytes, or arrays in C order.
+    """
+
+    def __init__(self, *parts: bytes | np.ndarray) -> None:
+        self._parts = [
+            np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8)
+            for part in parts
+        ]
+        self.nbytes = sum(part.nbytes for part in self._parts)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self._bytes[start:stop]
+        """Bytes `start <= b < stop`, copied only where parts meet."""
+        some, first = [np.empty(0, np.uint8)], 0
+        for part in self._parts:
+            some.append(part[max(start - first, 0) : max(stop - first, 0)])
+            first += part.nbytes
+        some = [part for part in some if len(part)] or some[:1]
+        return some[0] if len(some) == 1 else np.concatenate(some)
 
 
 class Base64:
@@ -52,9 +65,7 @@ class Base64:
     """
 
     def __init__(self, data: bytes | np.ndarray | Readable) -> None:
-        if isinstance(data, bytes):
-            data = np.frombuffer(data, np.uint8)
-        self._data: Readable = _Memory(data) if isinstance(data, np.ndarray) else data
+        self._data: Readable = Joined(data) if isinstance(data, bytes | np.ndarray) else data
 
     def __len__(self) -> int:
         return -(-self._data.nbytes // 3) * 4

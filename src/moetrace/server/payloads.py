@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moetrace import codecs
-from moetrace.container import BytesSource, Container, TraceHeader
+from moetrace.container import TraceHeader, write_parts
 from moetrace.dialects import describe, lightllm_parts
-from moetrace.format import save
 from moetrace.server.archive import Archive
-from moetrace.server.bodies import Base64
+from moetrace.server.bodies import Base64, Joined
 from moetrace.server.schemas import GenerateParameters
 from moetrace.trace import RoutingTrace
 
@@ -32,9 +31,9 @@ def routes_of(trace: RoutingTrace, parameters: GenerateParameters, start: int, a
         }
         return _described(trace, header) | {"reference": reference}
     if codec is not None:
-        data = save(trace, codec=codec)
-        header = Container(BytesSource(data)).headers[0]
-        return _described(trace, header) | {"codec": header.codec, "format": "moetrace", "data": Base64(data)}
+        (header,), parts = write_parts([trace], codec)
+        data = Base64(Joined(*parts))
+        return _described(trace, header) | {"codec": header.codec, "format": "moetrace", "data": data}
     layout, dtype = parameters.routed_experts_layout, parameters.routed_experts_dtype
     facts, ids = lightllm_parts(trace, layout=layout, dtype=dtype)
     return facts | {"data": Base64(ids)}
