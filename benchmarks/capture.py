@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import cpu_name, keep, large_shape
+from common import cpu_name, keep, large_shape, timed
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching import requests as cb_requests
@@ -36,6 +36,7 @@ from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.recorder import Staging
+from moetrace.shadows import shadowed
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILED = 4
@@ -233,23 +234,8 @@ def time_host(engine: TransformersEngine, rollout: Callable[[], Any]) -> dict[st
         "update, with wait": (processor, "update_batch"),
         "wait": (processor.inputs_and_outputs, "prepare_batch_update"),
     }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    undo = []
-    for name, (owner, attribute) in parts.items():
-        own, had = getattr(owner, attribute), attribute in vars(owner)
-
-        def timed(*args: Any, own: Any = own, name: str = name, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return own(*args, **kwargs)
-            finally:
-                times[name].append(1e3 * (time.perf_counter() - began))
-
-        setattr(owner, attribute, timed)
-        undo.append((owner, attribute, own if had else None))
-    rollout()
-    for owner, attribute, value in undo:
-        setattr(owner, attribute, value) if value is not None else delattr(owner, attribute)
+    with timed(parts) as times:
+        rollout()
     return {name: round(statistics.median(values), 4) for name, values in times.items()}
 
 
@@ -258,22 +244,16 @@ def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any
     steps, and on all threads."""
     steps = 0
     processor = engine._manager.batch_processor
-    own, had = processor._generation_step, "_generation_step" in vars(processor)
+    own = processor._generation_step
 
     def count(model: Any) -> None:
         nonlocal steps
         steps += 1
         own(model)
 
-    processor._generation_step = count
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with shadowed(processor, "_generation_step", count), torch.profiler.profile(activities=activities) as profile:
         rollout()
-    if had:
-        processor._generation_step = own
-    else:
-        del processor._generation_step
     events = [event for event in profile.events() if event.name.startswith("cuda")]
     launching = {event.thread for event in events if "GraphLaunch" in event.name}
     waits = [event.thread for event in events if "Synchronize" in event.name]

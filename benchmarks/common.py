@@ -1,4 +1,4 @@
-"""What the benchmarks share: the large shape, the machine's name, and how a result is kept."""
+"""What the benchmarks share: the large shape, the machine's name, a clock, and how a result is kept."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import json
 import platform
 import shlex
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from moetrace.shadows import shadowed
 
 
 def large_shape(layers: int, **changes: Any) -> Any:
@@ -35,6 +40,29 @@ def cpu_name() -> str:
     """The processor's name as Linux says it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@contextmanager
+def timed(parts: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, list[float]]]:
+    """Milliseconds of every call of some functions inside the context, by name.
+
+    Args:
+        parts: owner and attribute of each.
+    """
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    with ExitStack() as stack:
+        for name, (owner, attribute) in parts.items():
+            own = getattr(owner, attribute)
+
+            def clocked(*args: Any, own: Any = own, name: str = name, **kwargs: Any) -> Any:
+                began = time.perf_counter()
+                try:
+                    return own(*args, **kwargs)
+                finally:
+                    times[name].append(1e3 * (time.perf_counter() - began))
+
+            stack.enter_context(shadowed(owner, attribute, clocked))
+        yield times
 
 
 def keep(out: Path | None, **facts: Any) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import cpu_name, keep, large_shape
+from common import cpu_name, keep, large_shape, timed
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -219,7 +219,6 @@ def count_kernels(step: Callable[[], None]) -> dict[str, float]:
 
 def parts(step: Callable[[], None]) -> dict[str, float]:
     """Host milliseconds in each part of a replay, in one step: the last of three."""
-    spent: dict[str, float] = {}
     watched = {
         "align": (sessions, "align"),
         "find the taps": (sessions, "tap_model"),
@@ -230,25 +229,12 @@ def parts(step: Callable[[], None]) -> dict[str, float]:
         "send the counts": (monitors, "_to_host"),
         "judge them": (ShiftAlarm, "judge"),
     }
-    undo = []
-    for name, (owner, attribute) in watched.items():
-        own = getattr(owner, attribute)
-
-        def timed(*given: Any, own: Any = own, name: str = name, **named: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return own(*given, **named)
-            finally:
-                spent[name] = spent.get(name, 0.0) + 1e3 * (time.perf_counter() - began)
-
-        setattr(owner, attribute, timed)
-        undo.append((owner, attribute, own))
-    for _ in range(3):
-        spent.clear()
-        step()
-    for owner, attribute, own in undo:
-        setattr(owner, attribute, own)
-    return {name: round(value, 3) for name, value in spent.items()}
+    with timed(watched) as times:
+        for _ in range(3):
+            for values in times.values():
+                values.clear()
+            step()
+    return {name: round(sum(values), 3) for name, values in times.items() if values}
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Judge the vLLM that is installed here with the conformance suite, on a GPU: the table of docs/conformance.md.
 
-    python scripts/check_vllm.py --out benchmarks/results/vllm-conformance.json --logs /tmp/check-vllm
+    python scripts/check_vllm.py --out benchmarks/results/vllm-conformance.json --logs vllm-logs
 
 Writes dye checkpoints of several architectures and starts vLLM on each with CUDA graphs, prefix caching and chunked
 prefill, with much cache and with so little that it must preempt; over HTTP (`vllm serve`), and in process. Several

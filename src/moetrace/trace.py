@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -183,13 +183,11 @@ class RoutingTrace:
         if (start, stop) == (self.start, self.stop):
             return self
         first, last = start - self.start, stop - self.start
-        return replace(
-            self,
+        return self._changed(
             experts_TLK=self.experts_TLK[first:last],
             valid_T=self.valid_T[first:last],
             start=start,
             weight_spans=cut_spans(self.weight_spans, first, last),
-            rows_checked=True,
         )
 
     def concat(self, later: RoutingTrace) -> RoutingTrace:
@@ -221,17 +219,19 @@ class RoutingTrace:
             )
         if not self.num_rows or not later.num_rows:  # nothing to join, but the longer context
             whole = later if later.num_rows else self
-            return replace(whole, tokens=later.tokens, num_tokens=later.num_tokens, token_sha256=later.token_sha256)
-        return replace(
-            later,
+            return whole._changed(tokens=later.tokens, num_tokens=later.num_tokens, token_sha256=later.token_sha256)
+        return later._changed(
             fingerprint=later.fingerprint or self.fingerprint,
             experts_TLK=np.concatenate([self.experts_TLK, later.experts_TLK]),
             valid_T=np.concatenate([self.valid_T, later.valid_T]),
             start=self.start,
             weight_spans=joined_spans(self.weight_spans, later.weight_spans, self.num_rows),
             order="rank" if self.order == later.order == "rank" else "set",
-            rows_checked=True,
         )
+
+    def _changed(self, **facts: Any) -> RoutingTrace:
+        """Another trace of rows that traces had: those are not looked at again."""
+        return replace(self, rows_checked=True, **facts)
 
     def _require_continued_by(self, tokens: np.ndarray) -> None:
         fix = "Send token ids, not text, from turn to turn."
@@ -259,11 +259,11 @@ class RoutingTrace:
         A replay of it chooses the same experts with the same weights; a model may sum their outputs in another order,
         which changes the last bits.
         """
-        return replace(self, experts_TLK=ascending(self.experts_TLK), order="set")
+        return self._changed(experts_TLK=ascending(self.experts_TLK), order="set")
 
     def without_tokens(self) -> RoutingTrace:
         """The same trace knowing only the hash of its tokens: for receivers that have the token ids anyway."""
-        return replace(self, tokens=None)
+        return self._changed(tokens=None)
 
     def with_tokens(self, tokens: Sequence[int] | np.ndarray) -> RoutingTrace:
         """The same trace knowing its token ids again.
@@ -276,7 +276,7 @@ class RoutingTrace:
         """
         tokens = np.array(tokens, dtype=np.int64)[: self.num_tokens]
         self.require_tokens(tokens, "these")
-        return replace(self, tokens=tokens) if len(tokens) == self.num_tokens else self
+        return self._changed(tokens=tokens) if len(tokens) == self.num_tokens else self
 
     def require_tokens(self, tokens: Sequence[int] | np.ndarray, whose: str) -> None:
         """Raise `TokenMismatchError` unless `tokens` (from position 0 on) are those this trace was recorded on.
