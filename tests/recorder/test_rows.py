@@ -168,6 +168,14 @@ def test_a_step_that_wrote_nothing_leaves_no_row_of_the_step_before(device: str,
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_first_step_too_must_write_to_have_rows(device: str) -> None:
+    store = RowStore(MoeLayout((0, 1), 8, 1), PAGES, PAGE, torch.device(device))
+    store.commit(Staging(store.layout, 4, torch.device(device)), by_index([1, 2], [0, 1], PAGE, device))
+    _, marks_S2 = store.take(range(PAGES)).read(0, PAGES)
+    assert (marks_S2[:, 0] == NO_TOKEN).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wrong", [40, -3, 1 << 40, "twice", "twice, far apart"])
 def test_a_row_that_is_none_is_not_marked_as_one(device: str, wrong: int | str) -> None:
     store = RowStore(MoeLayout((0, 1, 2), 40, 6), PAGES, PAGE, torch.device(device))
