@@ -18,9 +18,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,8 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in prompts]
     variants = {"off": False, "ours": True}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
+    step_ms: dict[str, list[float]] = {name: [] for name in variants}
+    tail_ms: dict[str, list[float]] = {name: [] for name in variants}
     host_ms: dict[str, dict[str, float]] = {}
     synchronisations: dict[str, dict[str, float]] = {}
 
@@ -205,7 +208,10 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
             if args.one_at_a_time or not number:
                 rollout(engine, on)  # warm-up
             if number:
-                tokens_per_s[name].append(rollout(engine, on))
+                with ends_of_steps(engine) as ends:
+                    tokens_per_s[name].append(rollout(engine, on))
+                tail_ms[name].append(1e3 * (time.perf_counter() - ends[-1]))
+                step_ms[name] += [1e3 * (after - before) for before, after in pairwise(ends)]
             if number == args.rounds:
                 host_ms[name] = time_host(engine, partial(rollout, engine, on))
                 if args.device != "cpu":
@@ -220,9 +226,32 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return summary(tokens_per_s, unit="tokens/s") | {
         "rounds_of_each": args.rounds,
         "work": {"requests": args.batch, "prompt": args.prompt, "new": [min(lengths), max(lengths)]},
+        "step_ms": {name: shares(some) for name, some in step_ms.items()},
+        "ms_after_last_step": {name: round(statistics.median(some), 3) for name, some in tail_ms.items()},
         "host_ms_per_step": host_ms,
         "synchronisations_per_step": synchronisations,
     }
+
+
+@contextmanager
+def ends_of_steps(engine: TransformersEngine) -> Iterator[list[float]]:
+    """When the host was done with the results of each step, by `time.perf_counter`."""
+    processor, ends = engine._manager.batch_processor, list[float]()
+    own = processor.update_batch
+
+    def update_batch() -> None:
+        own()
+        ends.append(time.perf_counter())
+
+    with shadowed(processor, "update_batch", update_batch):
+        yield ends
+
+
+def shares(step_ms: list[float]) -> dict[str, float]:
+    """Quantiles, and what the steps longer than twice the median take of the whole time."""
+    centiles, most = statistics.quantiles(step_ms, n=100), 2 * statistics.median(step_ms)
+    long = sum(ms for ms in step_ms if ms > most) / sum(step_ms)
+    return {f"p{p}": round(centiles[p - 1], 3) for p in (10, 50, 90, 99)} | {"share of long ones": round(long, 4)}
 
 
 def time_host(engine: TransformersEngine, rollout: Callable[[], Any]) -> dict[str, float]:
@@ -255,8 +284,8 @@ def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any
     with shadowed(processor, "_generation_step", count), torch.profiler.profile(activities=activities) as profile:
         rollout()
     events = [event for event in profile.events() if event.name.startswith("cuda")]
-    launching = {event.thread for event in events if "GraphLaunch" in event.name}
-    waits = [event.thread for event in events if "Synchronize" in event.name]
+    launching = {event.device_resource_id for event in events if "GraphLaunch" in event.name}  # of a call: its thread
+    waits = [event.device_resource_id for event in events if "Synchronize" in event.name]
     on_step_path = sum(thread in launching for thread in waits)
     return {"steps": round(on_step_path / steps, 3), "all": round(len(waits) / steps, 3)}
 

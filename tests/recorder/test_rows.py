@@ -215,16 +215,24 @@ def test_pages_are_copied_and_put_back_with_rows_and_marks(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_was_taken_does_not_change_when_the_slots_are_written_again(device: str) -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_what_was_taken_does_not_change_when_the_slots_are_written_again(computed: bool, device: str) -> None:
     layout = MoeLayout((0, 1), 300, 2)
     store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
     slots: list[int | None] = list(range(PAGES * PAGE))
     first = filled(layout, PAGES * PAGE, device)
     slow.commit(first, slots, slots, 0)  # type: ignore[arg-type]
     store.commit(first, by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
-    pulled = store.take(range(PAGES))
+    if device == "cuda":
+        store.take(range(PAGES), computed=computed).read(0, 1)  # pinned memory is there: making it may wait
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)  # a step that still runs, half a second long
+    pulled = store.take(range(PAGES), computed=computed)
+    running = torch.cuda.current_stream().record_event() if device == "cuda" else None
     store.commit(filled(layout, PAGES * PAGE, device, seed=1), by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
     experts_SLK, marks_S2 = pulled.read(2, 3)
+    if running is not None:
+        assert running.query() is not computed  # what the host knows to be computed does not wait for that step
     for row, slot in enumerate(range(2 * PAGE, 5 * PAGE)):
         assert experts_SLK[row].tolist() == slow.slots[slot][0]
         assert marks_S2[row].tolist() == [slot, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class RowStore:
         self.rows_SR = torch.zeros(num_pages * page_size, row, dtype=dtype, device=device)
         self.marks_S2 = torch.full((num_pages * page_size, 2), NO_TOKEN, dtype=torch.int32, device=device)
         self.version_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        self._beside_steps = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def nbytes(self) -> int:
@@ -50,12 +52,22 @@ class RowStore:
         """Mark every slot as holding no row (in the order of the current stream)."""
         self.marks_S2.fill_(NO_TOKEN)
 
-    def take(self, pages: Sequence[int]) -> PulledPages:
-        """Start to bring pages to the host, as they are now in the order of the current stream."""
-        index_G = _index(pages, self.rows_SR.device)
-        return PulledPages(
-            self.layout, self._by_page(self.rows_SR).index_select(0, index_G), self._marks().index_select(0, index_G)
-        )
+    def take(self, pages: Sequence[int], *, computed: bool = False) -> PulledPages:
+        """Start to bring pages to the host, as they are now in the order of the current stream.
+
+        Args:
+            pages: which.
+            computed: the host has seen the end of every step whose rows are wanted. They are gathered at once then,
+                beside a step that may be running; what the current stream is given later waits for that.
+        """
+        beside = self._beside_steps if computed else None
+        with torch.cuda.stream(beside) if beside else nullcontext():
+            index_G = _index(pages, self.rows_SR.device)
+            rows = self._by_page(self.rows_SR).index_select(0, index_G)
+            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G))
+        if beside:
+            torch.cuda.current_stream(beside.device).wait_stream(beside)
+        return pulled
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages, as the engine does when a request is forked."""

@@ -2,7 +2,8 @@
 
     forward       the routers' own top-k writes expert ids to staging
     after it      one kernel narrows them and scatters them to their tokens' slots; both are part of the CUDA graph
-    pages freed   the pages of a request that asked for routes are gathered, before the next step can write there
+    pages freed   the pages of a request that asked for routes are gathered, beside the step that runs and before the
+                  next one can write there
     collect       another thread waits for them and puts the sequence together
 
 Capture can be stopped, and started again, between two steps. While it is stopped no step commits and no slot is marked:
@@ -237,9 +238,9 @@ class StepCapture:
         if self.is_on:
             self._store.commit(self._staging, step)
 
-    def settle(self) -> None:
+    def settle(self, computed: bool = False) -> None:
         if self._queued:
-            pulled = self._store.take([page for part in self._queued for page in part.pages])
+            pulled = self._store.take([page for part in self._queued for page in part.pages], computed=computed)
             first = 0
             for part in self._queued:
                 part.pulled, part.first = pulled, first

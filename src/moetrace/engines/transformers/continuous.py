@@ -284,7 +284,7 @@ class BatchLoop:
             own()
         finally:
             with self.on_compute_stream():
-                self._listener.settle()
+                self._listener.settle(computed=True)  # the host has waited for this step, and the next one runs already
 
     def _forward_fn(self, own: Callable[..., tuple[Callable, bool]], use_block_table: bool) -> tuple[Callable, bool]:
         forward, in_graph = own(use_block_table)

@@ -25,9 +25,13 @@ class PageListener(Protocol):
         """A step's forward has been launched; part of the CUDA graph where there is one."""
         ...
 
-    def settle(self) -> None:
-        """Pages that were given back are about to be written, or nothing may happen for long: gather them now, on the
-        current stream."""
+    def settle(self, computed: bool = False) -> None:
+        """Pages that were given back are about to be written, or nothing may happen for long: gather them now, in the
+        order of the current stream.
+
+        Args:
+            computed: all that they hold was computed by steps whose end the host has seen.
+        """
         ...
 
     def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
