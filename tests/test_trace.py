@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 import struct
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
 from typing import Any
@@ -260,6 +263,14 @@ def test_a_bitmap_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         build(valid_T=np.ones(shape, bool))
 
 
+@pytest.mark.parametrize(
+    "valid_T", [[-1, 2, 1], [1, 0, 1], ["False", "0", ""], np.ones(3, np.uint8), [1.0, 0.0, 1.0], [None] * 3], ids=repr
+)
+def test_what_only_looks_like_a_bitmap_is_refused(valid_T: Any) -> None:
+    with refused(InvalidTraceError, "valid_T must be [T] bool", got="shape (3,)", fix="mask == 1"):
+        build(valid_T=valid_T)
+
+
 def test_ids_in_a_row_that_is_not_valid_are_refused_by_the_constructor() -> None:
     with refused(InvalidTraceError, "rows that are not valid must hold zeros", expected="0"):
         raw(valid_T=np.array([True, False, True]))
@@ -287,6 +298,48 @@ def test_a_token_count_or_hash_that_is_not_that_of_the_tokens_is_refused() -> No
 def test_token_ids_that_the_hash_cannot_tell_apart_are_refused(tokens: np.ndarray) -> None:
     with pytest.raises(MoetraceError):
         build(tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [10.0, 11.0, 12.0, 13.0],
+        [10.9, 11, 12, 13],
+        np.array(TOKENS, np.float32),
+        ["10", "11", "12", "13"],
+        [True, False, True, True],
+        [10, 11, 12, None],
+        [10, 11, 12, 2**70],
+        [[10, 11], [12]],
+        None,
+        10,
+    ],
+    ids=repr,
+)
+def test_tokens_that_are_no_whole_numbers_are_refused_and_never_rounded(tokens: Any) -> None:
+    ask: list[Callable[[], object]] = [
+        lambda: build(tokens=tokens),
+        lambda: build().with_tokens(tokens),
+        lambda: build().without_tokens().with_tokens(tokens),
+        lambda: build().require_tokens(tokens, "these"),
+        lambda: token_sha256(tokens),
+    ]
+    for call in ask:
+        with refused(InvalidTraceError, "tokens must be the ids of one sequence", expected="whole numbers"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint32])
+def test_tokens_of_another_dtype_are_refused_by_the_constructor(dtype: type) -> None:
+    with refused(InvalidTraceError, "tokens must be [num_tokens] int64", got=dtype.__name__, fix="RoutingTrace.build"):
+        raw(tokens=np.array(TOKENS, dtype))
+
+
+@pytest.mark.parametrize("token", [-1, 2**32 + 1])
+def test_the_hash_of_token_ids_beyond_its_range_is_refused(token: int) -> None:
+    for tokens in ([token], np.array([token])):
+        with refused(InvalidTraceError, "tokens must be the ids of one sequence", expected="0 <= id < 2**32"):
+            token_sha256(tokens)
 
 
 def test_tokens_of_a_batch_are_refused_where_those_of_one_sequence_belong() -> None:
@@ -359,6 +412,30 @@ def test_a_read_only_view_of_a_callers_buffer_does_not_leak_into_a_trace() -> No
     assert trace.experts_TLK.tolist() == IDS
     assert trace.tokens is not None
     assert trace.tokens.tolist() == TOKENS
+
+
+def copies(trace: RoutingTrace) -> list[RoutingTrace]:
+    """What Python makes of a trace on its way to another process, and otherwise."""
+    pickled = [pickle.loads(pickle.dumps(trace, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    return [*pickled, copy.copy(trace), copy.deepcopy(trace)]
+
+
+@given(routing_traces())
+@settings(max_examples=20, deadline=None)
+def test_copies_and_pickles_are_the_same_trace_and_as_immutable(trace: RoutingTrace) -> None:
+    assert trace.num_valid == trace.valid_T.sum()  # which is kept, and must not be taken for a fact
+    for same in (*copies(trace), *copies(trace.without_tokens())):
+        assert_contract(same)
+        assert same == (trace if same.tokens is not None else trace.without_tokens())
+
+
+def test_a_pickle_of_what_is_no_trace_is_refused() -> None:
+    trace = build()
+    trace.experts_TLK.flags.writeable = True  # what nobody should do
+    trace.experts_TLK[1, 0] = 5
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with refused(InvalidTraceError, "row 1, layer 3 names one expert twice"):
+            pickle.loads(pickle.dumps(trace, protocol))
 
 
 def test_arrays_in_another_memory_order_are_stored_in_c_order() -> None:

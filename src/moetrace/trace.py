@@ -7,7 +7,7 @@ was in force while token `start + t` was the input, that is, while the distribut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from moetrace.errors import InvalidTraceError, LayoutMismatchError, TokenMismatc
 from moetrace.layout import MoeLayout, as_int, require_text
 from moetrace.sorting import ascending
 from moetrace.spans import WeightSpan, cut_spans, joined_spans
-from moetrace.tokens import first_difference, require_token_ids, token_sha256
+from moetrace.tokens import as_token_ids, first_difference, require_token_ids, sha256_of_ids
 from moetrace.validity import require_valid
 
 Order = Literal["rank", "set"]
@@ -80,13 +80,13 @@ class RoutingTrace:
             experts_TLK: `[T, L, K]` integers.
             layout: the model's layout.
             tokens: the token ids from position 0 on, `start + T` or `start + T + 1` of them or more.
-            valid_T: `[T]` bool; all rows are valid when None.
+            valid_T: `[T]` bool, no mask of numbers; all rows are valid when None.
             rows_checked: do not look at the ids again: whoever wrote the rows has made sure that those of a valid row
                 are in range and distinct, and that the others hold zeros. For 32,768 tokens that look is most of what a
                 trace costs.
 
         Raises:
-            InvalidTraceError: shapes, ranges, duplicates or counts do not fit together.
+            InvalidTraceError: shapes, types, ranges, duplicates or counts do not fit together.
         """
         experts_TLK = np.asarray(experts_TLK)
         if experts_TLK.ndim != 3 or experts_TLK.dtype.kind not in "iu":
@@ -95,17 +95,17 @@ class RoutingTrace:
                 expected="3 axes of integers",
                 got=f"shape {experts_TLK.shape}, dtype {experts_TLK.dtype}",
             )
-        valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else np.asarray(valid_T, dtype=bool)
+        valid_T = np.ones(len(experts_TLK), bool) if valid_T is None else _flags(valid_T)
         if not rows_checked:
             experts_TLK = _in_range(experts_TLK, valid_T, layout)
-        tokens = require_token_ids(np.array(tokens, dtype=np.int64))
+        tokens = as_token_ids(tokens, copy=True)
         return cls(
             experts_TLK=_frozen(experts_TLK.astype(layout.dtype, order="C", copy=experts_TLK.flags.writeable)),
             valid_T=valid_T,
             layout=layout,
             tokens=_frozen(tokens),
             num_tokens=len(tokens),
-            token_sha256=token_sha256(tokens),
+            token_sha256=sha256_of_ids(tokens),
             start=start,
             weight_spans=tuple(weight_spans),
             order=order,
@@ -142,6 +142,10 @@ class RoutingTrace:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made by the constructor: numpy's own would come back writable, and unchecked."""
+        return type(self), tuple(getattr(self, fact.name) for fact in fields(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingTrace):
@@ -236,7 +240,7 @@ class RoutingTrace:
     def _require_continued_by(self, tokens: np.ndarray) -> None:
         fix = "Send token ids, not text, from turn to turn."
         if self.tokens is None:
-            if len(tokens) < self.num_tokens or token_sha256(tokens[: self.num_tokens]) != self.token_sha256:
+            if len(tokens) < self.num_tokens or sha256_of_ids(tokens[: self.num_tokens]) != self.token_sha256:
                 raise TokenMismatchError(
                     f"the later turn's tokens do not continue this one's: one of the first {self.num_tokens} differs",
                     expected=f"SHA-256 {self.token_sha256[:16]}...",
@@ -273,8 +277,9 @@ class RoutingTrace:
 
         Raises:
             TokenMismatchError: they are not those the trace was recorded on.
+            InvalidTraceError: they are not the ids of one sequence.
         """
-        tokens = np.array(tokens, dtype=np.int64)[: self.num_tokens]
+        tokens = as_token_ids(tokens)[: self.num_tokens]
         self.require_tokens(tokens, "these")
         return self._changed(tokens=tokens) if len(tokens) == self.num_tokens else self
 
@@ -282,17 +287,16 @@ class RoutingTrace:
         """Raise `TokenMismatchError` unless `tokens` (from position 0 on) are those this trace was recorded on.
 
         A shorter or longer sequence passes as long as the common part is equal (a truncated context, or a context that
-        went on); where only the hash is known, lengths must be equal.
+        went on); where only the hash is known, lengths must be equal. What are no token ids is an `InvalidTraceError`.
         """
-        tokens = np.asarray(tokens, dtype=np.int64)
-        if self.tokens is None or tokens.ndim != 1:
-            require_token_ids(tokens)
+        tokens = as_token_ids(tokens)
         if self.tokens is None:
-            if len(tokens) != self.num_tokens or token_sha256(tokens) != self.token_sha256:
+            require_token_ids(tokens)
+            if len(tokens) != self.num_tokens or sha256_of_ids(tokens) != self.token_sha256:
                 raise TokenMismatchError(
                     f"the trace was recorded on other tokens than {whose}",
                     expected=f"{self.num_tokens} tokens with SHA-256 {self.token_sha256[:16]}...",
-                    got=f"{len(tokens)} with {token_sha256(tokens)[:16]}...",
+                    got=f"{len(tokens)} with {sha256_of_ids(tokens)[:16]}...",
                     fix="Pass the traces in the order of the sequences.",
                 )
             return
@@ -304,6 +308,18 @@ class RoutingTrace:
                 got=f"token {tokens[position]}",
                 fix="Pass the traces in the order of the sequences, and the token ids that the engine returned.",
             )
+
+
+def _flags(valid_T: np.ndarray) -> np.ndarray:
+    """`valid_T` as bools, and nothing that only looks like them: -1 and "False" would count as captured."""
+    flags = np.asarray(valid_T)
+    if flags.dtype != np.bool_ and flags.size:  # an empty list has no type of its own
+        raise InvalidTraceError(
+            "valid_T must be [T] bool",
+            got=f"shape {flags.shape}, dtype {flags.dtype}",
+            fix="Make a mask of 0 and 1 one of bools: mask == 1.",
+        )
+    return flags.astype(bool, copy=False)
 
 
 def _in_range(experts_TLK: np.ndarray, valid_T: np.ndarray, layout: MoeLayout) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moetrace.errors import InvalidTraceError
 from moetrace.sorting import first_repeat
-from moetrace.tokens import require_token_ids, token_sha256
+from moetrace.tokens import require_token_ids, sha256_of_ids
 
 if TYPE_CHECKING:
     from moetrace.trace import RoutingTrace
@@ -87,13 +87,15 @@ def _require_rows(trace: RoutingTrace, first: int, stop: int) -> None:
 
 
 def _require_tokens(trace: RoutingTrace) -> None:
-    if trace.tokens is not None:
-        require_token_ids(trace.tokens)
+    if trace.tokens is not None and require_token_ids(trace.tokens).dtype != np.int64:
+        raise InvalidTraceError(
+            "tokens must be [num_tokens] int64", got=f"dtype {trace.tokens.dtype}", fix="Use RoutingTrace.build."
+        )
     if trace.tokens is not None and len(trace.tokens) != trace.num_tokens:
         raise InvalidTraceError(
             "num_tokens is not the number of tokens", expected=len(trace.tokens), got=trace.num_tokens
         )
-    if trace.tokens is not None and token_sha256(trace.tokens) != trace.token_sha256:
+    if trace.tokens is not None and sha256_of_ids(trace.tokens) != trace.token_sha256:
         raise InvalidTraceError("token_sha256 is not the hash of the tokens", got=trace.token_sha256)
     if trace.start < 0 or trace.stop > trace.num_tokens:
         raise InvalidTraceError(
