@@ -73,6 +73,16 @@ def test_nothing_is_refused(tmp_path: Path) -> None:
         {"experts": [[[0, 1, 2]]]},
         {"experts": [[[0, 0, 1], [0, 1, 2]]]},
         {"experts": 5},
+        {"experts": [[[65536, 65537, 65538], [0, 1, 2]]] * 8},
+        {"experts": [[[-65535, 2, 3], [0, 1, 2]]] * 8},
+        {"experts": [[[299, 300, 1], [0, 1, 2]]] * 8},
+        {"experts": [[[1.9, 2.2, 3.3], [0, 1, 2]]] * 8},
+        {"experts": [[["1", "2", "3"], ["0", "1", "2"]]] * 8},
+        {"experts": [[[0, 1], [2, 0], [1, 2]]] * 8},
+        {"experts": [[[0], [1], [2]], *[None] * 6, [[3], [4], [5]]]},
+        {"tokens": [0.9, *range(1, 9)]},
+        {"tokens": [str(token) for token in range(9)]},
+        {"tokens": [2**70] * 9},
         {"layers": None},
         {"num_experts": 2},
         {"tokens": [1, 2, 3]},
@@ -89,3 +99,30 @@ def test_a_row_that_is_no_trace_is_refused(tmp_path: Path, change: dict[str, Any
         trace_of(row | change)
     with pytest.raises(FormatError, match="the row is not that of a trace"):
         trace_of({name: value for name, value in row.items() if name not in change})
+
+
+def test_a_row_without_a_captured_row_is_read(tmp_path: Path) -> None:
+    nothing = make_trace(range(4), LAYOUT, valid=[False] * 3)
+    export_parquet([("a", nothing), ("b", make_trace([7], LAYOUT))], tmp_path / "t.parquet")
+    assert list(read_parquet(tmp_path / "t.parquet")) == [("a", nothing), ("b", make_trace([7], LAYOUT))]
+
+
+def test_a_file_that_is_no_table_of_ours_is_refused(tmp_path: Path) -> None:
+    export_parquet(TRACES, tmp_path / "t.parquet")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    damaged = bytearray(whole)
+    damaged[4 : len(whole) // 2] = bytes(len(whole) // 2 - 4)
+    for data in (b"", b"no table", whole[:-1], whole[len(whole) // 2 :], bytes(damaged)):
+        (tmp_path / "t.parquet").write_bytes(data)
+        with refused(FormatError, "t.parquet is no Parquet file, or damaged"):
+            list(read_parquet(tmp_path / "t.parquet"))
+    for column, what in (
+        ({"other": ["a"]}, "has no names"),
+        ({"name": [None]}, "has no names"),
+        ({"name": tables.pa.array([b"\xff"]).view(tables.pa.string())}, "is no Parquet file, or damaged"),
+    ):
+        tables.pq.write_table(tables.pa.table(column), tmp_path / "t.parquet")
+        with refused(FormatError, what):
+            list(read_parquet(tmp_path / "t.parquet"))
+    with pytest.raises(FileNotFoundError):
+        list(read_parquet(tmp_path / "none.parquet"))

@@ -6,7 +6,7 @@ Axes: T rows, L MoE layers, K experts per token. A row of a trace that was not c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moetrace.errors import FormatError, LayoutMismatchError, MissingExtraError,
 from moetrace.files import whole_file
 from moetrace.layout import MoeLayout
 from moetrace.spans import WeightSpan
+from moetrace.tokens import as_token_ids
 from moetrace.trace import RoutingTrace
 
 try:
@@ -66,12 +67,29 @@ def read_parquet(path: str | os.PathLike[str]) -> Iterator[tuple[str, RoutingTra
     """The named traces of a file that `export_parquet` wrote, one row group at a time.
 
     Raises:
-        FormatError: a row is not that of a trace.
+        FormatError: the file is no such table, or damaged; a row is not that of a trace.
+        OSError: there is no such file, or it cannot be opened.
     """
-    with pq.ParquetFile(path) as file:
-        for group in file.iter_batches(batch_size=GROUP):
-            for row in group.to_pylist():
-                yield row["name"], trace_of(row)
+    return ((name, trace_of(row)) for name, row in read_rows(path))
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names of a file that `export_parquet` wrote, each with its row, see `trace_of`; one row group at a time.
+
+    Raises:
+        FormatError: the file is no such table, or damaged.
+        OSError: there is no such file, or it cannot be opened.
+    """
+    with Path(path).open("rb") as opened:
+        try:
+            with pq.ParquetFile(opened) as file:
+                for group in file.iter_batches(batch_size=GROUP):
+                    for row in group.to_pylist():
+                        if not isinstance(row.get("name"), str):
+                            raise FormatError(f"{path} has no names", expected="a column `name`", got=", ".join(row))
+                        yield row["name"], row
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+            raise FormatError(f"{path} is no Parquet file, or damaged", got=str(error).partition("\n")[0]) from error
 
 
 def trace_of(row: Mapping[str, Any]) -> RoutingTrace:
@@ -84,14 +102,13 @@ def trace_of(row: Mapping[str, Any]) -> RoutingTrace:
         layout = MoeLayout(tuple(row["layers"]), row["num_experts"], row["top_k"])
         valid_T = np.array([experts is not None for experts in row["experts"]], bool)
         experts_TLK = np.zeros((len(valid_T), layout.num_layers, layout.top_k), layout.dtype)
-        experts_TLK[valid_T] = np.reshape(
-            [experts for experts in row["experts"] if experts is not None], (-1, *experts_TLK.shape[1:])
-        )
+        if valid_T.any():
+            experts_TLK[valid_T] = _ids_of([experts for experts in row["experts"] if experts is not None], layout)
         return RoutingTrace(
             experts_TLK,
             valid_T,
             layout,
-            None if row["tokens"] is None else np.array(row["tokens"], np.int64),
+            None if row["tokens"] is None else as_token_ids(row["tokens"]),
             weight_spans=tuple(WeightSpan(span["start"], span["version"]) for span in row["weight_spans"]),
             **{name: row[name] for name in _FACTS},
         )
@@ -101,6 +118,24 @@ def trace_of(row: Mapping[str, Any]) -> RoutingTrace:
         raise FormatError(
             f"the row is not that of a trace ({error!r})", expected="the columns of export_parquet"
         ) from error
+
+
+def _ids_of(rows: Sequence[Any], layout: MoeLayout) -> np.ndarray:
+    """`[V, L, K]` of nested lists, of the layout's type; no id changes on the way there."""
+    ids, shape = np.array(rows), (len(rows), layout.num_layers, layout.top_k)
+    if ids.shape != shape or ids.dtype.kind not in "iu":
+        raise FormatError(
+            "the experts are not those of its layout",
+            expected=f"shape {shape}, integers",
+            got=f"shape {ids.shape}, dtype {ids.dtype}",
+        )
+    if not 0 <= ids.min() <= ids.max() < layout.num_experts:
+        raise FormatError(
+            "an expert id is out of range",
+            expected=f"0 <= id < {layout.num_experts}",
+            got=f"{ids.min()} to {ids.max()}",
+        )
+    return ids.astype(layout.dtype)
 
 
 def _schema(layout: MoeLayout) -> pa.Schema:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 from traces import make_trace
 
-from moetrace import codecs
+from moetrace import codecs, tables
 from moetrace.cli import main
+from moetrace.commands import files
+from moetrace.commands.inputs import Item, open_input
 from moetrace.format import load_file, open_file, save_file
 from moetrace.layout import MoeLayout
 from moetrace.stores import DirectoryStore, LogWriter, TraceStore
@@ -134,6 +138,93 @@ def test_verify_names_the_damaged_sequence(path: Path, capsys: pytest.CaptureFix
     code, out = run(capsys, "verify", path)
     assert code == 1
     assert "1 of 2 sequences are as they were written" in out
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TraceStore:
+    return TraceStore(DirectoryStore(tmp_path / "store", durable=False))
+
+
+def open_files() -> list[int]:
+    return sorted(int(path.name) for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """Twenty more files may be opened."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1000) if number not in open_files()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[20], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("few_files")
+def test_a_store_may_have_more_containers_than_files_may_be_open(
+    tmp_path: Path, store: TraceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(40):
+        store.put([make_trace(range(3), LAYOUT, seed=seed + i) for i in (0, 50)])
+    folder = tmp_path / "store"
+    assert run_json(capsys, "verify", folder)[1] == {"input": str(folder), "sequences": 80, "damaged": []}
+    assert run_json(capsys, "inspect", folder)[1]["sequences"] == 80
+    assert run_json(capsys, "diff", folder, folder) == (0, {"equal": True, "sequences": 80})
+    assert run_json(capsys, "convert", folder, tmp_path / "out")[1]["sequences"] == 80
+    assert run_json(capsys, "export", folder, tmp_path / "out.parquet")[1]["sequences"] == 80
+
+
+def test_a_container_of_a_store_is_opened_once_to_list_and_once_to_read_it(
+    tmp_path: Path, store: TraceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [store.put([make_trace(range(3), LAYOUT, seed=seed + i) for i in (0, 50, 60)]).digest for seed in (1, 2)]
+    opened, source = [], DirectoryStore.source
+
+    def counting(self: DirectoryStore, name: str) -> Any:
+        opened.append(name.removesuffix(".safetensors"))
+        return source(self, name)
+
+    monkeypatch.setattr(DirectoryStore, "source", counting)
+    before = open_files()
+    with open_input(str(tmp_path / "store")) as items:
+        assert [item.read().num_rows for item in items] == [2] * 6
+    assert opened == sorted(names) * 2
+    assert open_files() == before
+
+
+def test_what_cannot_be_read_hides_nothing_else_of_a_store(
+    tmp_path: Path, store: TraceStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [store.put([make_trace(range(3), LAYOUT, seed=seed)]).digest for seed in range(4)]
+    cut, gone = (tmp_path / "store" / f"{digest}.safetensors" for digest in digests[:2])
+    cut.write_bytes(cut.read_bytes()[:-1])
+
+    def another_removes(items: Sequence[Item], what: str) -> Sequence[Item]:
+        gone.unlink()
+        return items
+
+    monkeypatch.setattr(files, "_progress", another_removes)
+    code, report = run_json(capsys, "verify", tmp_path / "store")
+    assert (code, report["sequences"]) == (1, 4)
+    errors = {one["sequence"]: one["error"] for one in report["damaged"]}
+    assert errors.keys() == {digests[0], f"{digests[1]}/0"}
+    assert "end elsewhere" in errors[digests[0]]
+    assert "removed, or has expired" in errors[f"{digests[1]}/0"]
+
+
+def test_a_damaged_row_hides_nothing_else_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.parquet"
+    export_parquet([("a", TRACES[0]), ("b", TRACES[1])], path)
+    rows = tables.pq.read_table(path).to_pylist()
+    rows[0]["experts"][0][0][0] = 255
+    tables.pq.write_table(tables.pa.Table.from_pylist(rows), path)
+    code, report = run_json(capsys, "verify", path)
+    assert (code, report["sequences"], [one["sequence"] for one in report["damaged"]]) == (1, 2, ["a"])
+    assert "an expert id is out of range" in report["damaged"][0]["error"]
+    path.write_bytes(b"no table")
+    code, report = run_json(capsys, "verify", path)
+    assert (code, [one["sequence"] for one in report["damaged"]]) == (1, ["all"])
+    assert main(["inspect", str(path)]) == 2
+    assert "is no Parquet file, or damaged" in capsys.readouterr().err
 
 
 def test_verify_of_a_file_that_was_cut_is_1(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from moetrace import codecs
 from moetrace.commands.inputs import INPUTS, open_input
 from moetrace.comparison import first_difference_of
 from moetrace.container import MAX_BYTES
-from moetrace.errors import FormatError, MoetraceError
+from moetrace.errors import FormatError, MoetraceError, StoreError
 from moetrace.format import open_file, save_file
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def _verify(args: argparse.Namespace) -> int:
             for item in _progress(items, "verifying"):
                 try:
                     item.read()
-                except FormatError as error:
+                except (FormatError, StoreError) as error:
                     damaged.append({"sequence": item.name, "error": str(error)})
     except FormatError as error:
         damaged.append({"sequence": "all", "error": str(error)})
