@@ -221,6 +221,41 @@ def test_old_shards_expire_unless_somebody_writes_to_them(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_shards_of_others_do_not_expire(tmp_path: Path) -> None:
+    write(tmp_path, TRACES[:1])
+    (tmp_path / "checkpoint-7.shard").write_bytes(b"somebody else's")
+    for path in tmp_path.glob("*.shard"):
+        os.utime(path, (time.time() - 100,) * 2)
+    assert len(TraceLog(tmp_path).expire(max_age_s=50)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7.shard"]
+
+
+FORKING = """
+import os, pickle, sys
+from moetrace.stores import LogWriter, TraceLog
+first, second, third, last = TraceLog(sys.argv[1])
+with LogWriter(sys.argv[2]) as log:
+    log.append(first, "before")
+    if not (child := os.fork()):
+        log.append(second, "child")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    log.append(third, "parent")
+    with pickle.loads(pickle.dumps(log)) as copy:
+        copy.append(last, "copy")
+    log.append(first, "after")
+"""
+
+
+def test_a_writer_that_was_forked_or_pickled_goes_on_in_a_shard_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "input", TRACES)
+    subprocess.run([sys.executable, "-c", FORKING, str(tmp_path / "input"), str(tmp_path / "log")], check=True)
+    log = TraceLog(tmp_path / "log")
+    names = ["before", "parent", "after", "child", "copy"]
+    assert [record.name for record in log.records] == names
+    assert list(log) == [TRACES[0], TRACES[2], TRACES[0], TRACES[1], TRACES[3]]
+
+
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with refused(StoreError, "there is no log", expected="a directory of shards"):
         TraceLog(tmp_path / "none")

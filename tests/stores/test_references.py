@@ -130,6 +130,23 @@ def test_writers_that_pass_the_quota_together_notice(tmp_path: Path, monkeypatch
     assert [entry.name for entry in directory.entries()] == ["another"]
 
 
+def test_what_was_there_already_stays_though_others_pass_the_quota_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = DirectoryStore(tmp_path)
+    store = TraceStore(directory, quota=len(save(TRACES[0])) + 10)
+    given = store.put(TRACES[0])
+    write = directory.write
+
+    def another_writes_too(name: str, data: bytes) -> None:
+        write(name, data)
+        write("another", save(TRACES[1]))
+
+    monkeypatch.setattr(directory, "write", another_writes_too)
+    assert store.put(TRACES[0]) == given
+    assert resolve(given) == [TRACES[0]]
+
+
 def test_what_is_too_old_expires(tmp_path: Path) -> None:
     store = TraceStore(DirectoryStore(tmp_path), max_age_s=100, quota=len(save(TRACES[0])) + 10)
     old = store.put(TRACES[0])
@@ -139,6 +156,22 @@ def test_what_is_too_old_expires(tmp_path: Path) -> None:
     new = store.put(TRACES[1])  # for which there is room only because the old one has expired
     assert store.references() == [new]
     assert TraceStore(DirectoryStore(tmp_path)).expire() == []
+
+
+def test_only_containers_expire(tmp_path: Path) -> None:
+    store = TraceStore(DirectoryStore(tmp_path), max_age_s=100)
+    kept = store.put(TRACES[0])
+    name = kept.uri.rpartition("/")[2]
+    others = {"model-00001.safetensors", "run.jsonl", name.removesuffix(".safetensors"), f"{name}.bak", f"x{name[1:]}"}
+    for path in (tmp_path / other for other in others):
+        path.write_bytes(b"somebody else's")
+        os.utime(path, (time.time() - 101,) * 2)
+    store.put(TRACES[1])
+    assert others < {path.name for path in tmp_path.iterdir()}
+    assert [reference.digest for reference in store.references()] == sorted({kept.digest, store.put(TRACES[1]).digest})
+    os.utime(tmp_path / name, (time.time() - 101,) * 2)
+    assert [entry.name for entry in store.expire()] == [name]
+    assert others < {path.name for path in tmp_path.iterdir()}
 
 
 def test_expiry_without_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -235,6 +236,72 @@ def test_what_a_killed_process_left_in_shared_memory_is_cleaned_up() -> None:
     assert not path.exists()
 
 
+FORKING = """
+import os, sys
+from moetrace.stores.shared import SharedMemoryStore
+store = SharedMemoryStore(sys.argv[1])
+store.write("a", b"1")
+other = SharedMemoryStore(sys.argv[1] + "-other")
+
+
+def forked(work):
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0 if work.done else 1)
+    return child
+
+
+def gives_back():
+    store.close()
+    gives_back.done = True
+
+
+def goes_on():
+    assert len(os.listdir("/proc/self/fd")) == files + 2, "the parent's lock is none of the child's"
+    os.read(parent_has_closed[0], 1)
+    assert bytes(store.source("a").read(0, 1)) == b"1"
+    store.write("b", b"2")
+    assert os.waitpid(forked(gives_back), 0)[1] == 0  # whose parent is itself a child
+    assert [entry.name for entry in store.entries()] == ["a", "b"]
+    store.close()
+    goes_on.done = not store.path.exists()
+
+
+gives_back.done = goes_on.done = False
+assert os.waitpid(forked(gives_back), 0)[1] == 0
+assert [entry.name for entry in store.entries()] == ["a"], "a child that gives it back does not remove it"
+other.close()
+assert not other.path.exists(), "no child has it open any more"
+files = len(os.listdir("/proc/self/fd"))
+parent_has_closed = os.pipe()
+child = forked(goes_on)
+assert len(os.listdir("/proc/self/fd")) == files + 2
+store.close()
+os.write(parent_has_closed[1], b".")
+assert os.waitpid(child, 0)[1] == 0, "the child had it open, and was the last"
+"""
+
+
+def test_shared_memory_lives_as_long_as_a_forked_process_has_it_open() -> None:
+    name = f"fork-{os.getpid()}"
+    subprocess.run([sys.executable, "-c", FORKING, name], check=True, timeout=60)
+
+
+def test_shared_memory_that_was_pickled_is_opened_again() -> None:
+    with SharedMemoryStore(f"pickled-{os.getpid()}") as mine:
+        mine.write("a", b"1")
+        theirs = pickle.loads(pickle.dumps(mine))
+        theirs.close()
+        assert content(mine, "a") == b"1"
+        theirs = pickle.loads(pickle.dumps(mine))
+    assert content(theirs, "a") == b"1"
+    theirs.close()
+    assert not mine.path.exists()
+
+
 def test_a_name_that_somebody_else_has_taken_is_refused(tmp_path: Path) -> None:
     store = SharedMemoryStore(f"taken-{os.getpid()}")
     store.close()
@@ -268,8 +335,9 @@ def test_stores_that_are_not_there_are_refused(tmp_path: Path) -> None:
         open_store("memory://nobody")
     with refused(StoreError, "there is no directory", fix="another host"):
         open_store(str(tmp_path / "none"), create=False)
-    with refused(StoreError, "cannot be opened"):
-        open_store("no-such-thing://x")
+    for uri in ("no-such-thing://x", "file://[x", "file://data/routes"):
+        with refused(StoreError, "cannot be opened"):
+            open_store(uri)
     first = MemoryStore("once")
     with refused(StoreError, "is open already"):
         MemoryStore("once")

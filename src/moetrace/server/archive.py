@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
 import uuid
@@ -20,10 +19,9 @@ from moetrace.format import save
 from moetrace.layout import MoeLayout
 from moetrace.server.config import ServerConfig
 from moetrace.stores import DirectoryStore, MemoryStore, Store, open_store
-from moetrace.stores.traces import SUFFIX
+from moetrace.stores.traces import NAME, SUFFIX
 from moetrace.trace import RoutingTrace
 
-_NAME = re.compile(f"(?P<digest>[0-9a-f]{{64}}){re.escape(SUFFIX)}")
 _OVERHEAD = 1 << 16
 """More than a container's headers and what zstd adds at worst, for usual models."""
 
@@ -202,7 +200,7 @@ class Archive:
 
     def _find_earlier(self) -> None:
         now = time.time()
-        found = [(entry, _NAME.fullmatch(entry.name)) for entry in self._store.entries()]
+        found = [(entry, NAME.fullmatch(entry.name)) for entry in self._store.entries()]
         for entry, name in sorted(found, key=lambda pair: pair[0].modified):
             if name is not None:
                 since = now if math.isnan(entry.modified) else min(entry.modified, now)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from moetrace import codecs
 from moetrace.container import MAX_BYTES, BytesSource, Container
@@ -25,9 +27,13 @@ from moetrace.stores.directory import DirectoryStore, open_plain
 from moetrace.stores.records import INDEX, SHARD, line_of, read_record, records_of
 from moetrace.trace import RoutingTrace
 
+_NAME = re.compile(rf"\d{{20}}-\d+-[0-9a-f]{{8}}{re.escape(SHARD)}")
+"""What a writer calls its shards, see `_OpenShard`; what has another name is not removed."""
+
 
 class LogWriter:
-    """Appends traces to a directory. Any number of writers may, each into its own shards. Not for several threads."""
+    """Appends traces to a directory. Any number of writers may, each into its own shards. Not for several threads; a
+    process that was forked meanwhile begins a shard of its own."""
 
     def __init__(
         self,
@@ -68,6 +74,8 @@ class LogWriter:
         data = save(trace, codec=self._codec)
         digest = Container(BytesSource(data)).digest
         self._require_room(len(data))
+        if self._shard is not None and self._shard.pid != os.getpid():  # another process goes on with that one
+            self.close()
         shard = self._shard = self._shard or _OpenShard(self.path, self._durable)
         try:
             start = shard.append(data, digest, name)
@@ -83,6 +91,10 @@ class LogWriter:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open shard: who unpickles it begins one of its own."""
+        return self.__dict__ | {"_shard": None}
 
     def __enter__(self) -> LogWriter:
         return self
@@ -162,7 +174,7 @@ class TraceLog:
     def expire(self, max_age_s: float) -> list[str]:
         """Remove the shards that no writer has open and that were written last before so many seconds; their names."""
         removed = []
-        for path in sorted(self.path.glob(f"*{SHARD}")):
+        for path in sorted(path for path in self.path.glob(f"*{SHARD}") if _NAME.fullmatch(path.name)):
             with suppress(FileNotFoundError), _unless_written(path) as free:  # another process may remove it first
                 if free and path.stat().st_mtime < time.time() - max_age_s:
                     path.unlink()
@@ -176,7 +188,8 @@ class _OpenShard:
     """A shard that is being written, and its index."""
 
     def __init__(self, directory: Path, durable: bool) -> None:
-        self.name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.pid = os.getpid()
+        self.name = f"{time.time_ns():020d}-{self.pid}-{secrets.token_hex(4)}"
         self.end = 0
         self._durable = durable
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND

@@ -26,7 +26,7 @@ def open_store(uri: str, *, create: bool = True) -> Store:
     if not rest and scheme == uri:
         return _directory(Path(uri), create)
     if scheme == "file":
-        return _directory(Path(unquote(urlsplit(uri).path)), create)
+        return _directory(_path_of(uri), create)
     if scheme == "memory":
         return MemoryStore.named(rest)
     if scheme == "shm":
@@ -36,6 +36,17 @@ def open_store(uri: str, *, create: bool = True) -> Store:
     from moetrace.stores.remote import RemoteStore
 
     return RemoteStore(uri)
+
+
+def _path_of(uri: str) -> Path:
+    """The path of a `file:` URI, which names no other host."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise StoreError(f"{uri} cannot be opened", expected="file:///path", got=str(error)) from error
+    if parts.netloc not in ("", "localhost"):
+        raise StoreError(f"{uri} cannot be opened", expected="file:///path", got=f"a host, {parts.netloc}")
+    return Path(unquote(parts.path))
 
 
 def _directory(path: Path, create: bool) -> DirectoryStore:

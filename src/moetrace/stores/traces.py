@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from moetrace.stores.opening import open_store
 from moetrace.trace import RoutingTrace
 
 SUFFIX = ".safetensors"
+NAME = re.compile(f"(?P<digest>[0-9a-f]{{64}}){re.escape(SUFFIX)}")
+"""What a container is called that a store was given by digest; whatever has another name is somebody else's."""
 
 
 class TraceStore:
@@ -47,36 +50,41 @@ class TraceStore:
         digest = Container(BytesSource(data)).digest
         name = digest + SUFFIX
         self.expire()
-        self._require_room(name, len(data))
+        is_kept = self._require_room(name, len(data))
         self.store.write(name, data)
         try:
-            self._require_room(name, 0)  # somebody may have written at the same time
+            if not is_kept:  # else it takes no more room than before, and others have references to it
+                self._require_room(name, 0)  # somebody may have written at the same time
         except QuotaError:
             self.store.remove(name)
             raise
         return Reference(f"{self.store.uri}/{name}", digest)
 
     def expire(self) -> list[Entry]:
-        """Remove what is older than `max_age_s`; returns what that was."""
+        """Remove the containers that are older than `max_age_s`; returns what that was. Other blobs stay."""
         if self._max_age_s is None:
             return []
         entries = self.store.entries()
         if any(math.isnan(entry.modified) for entry in entries):
             raise StoreError(f"{self.store.uri} does not say when a blob was written", fix="Open it without max_age_s.")
-        old = [entry for entry in entries if entry.modified < time.time() - self._max_age_s]
+        before = time.time() - self._max_age_s
+        old = [entry for entry in entries if NAME.fullmatch(entry.name) and entry.modified < before]
         for entry in old:
             self.store.remove(entry.name)
         return old
 
     def references(self) -> list[Reference]:
-        """References to everything that is kept, by digest."""
-        names = [entry.name for entry in self.store.entries() if entry.name.endswith(SUFFIX)]
-        return [Reference(f"{self.store.uri}/{name}", name.removesuffix(SUFFIX)) for name in names]
+        """References to every container that is kept, by digest."""
+        found = [(entry.name, NAME.fullmatch(entry.name)) for entry in self.store.entries()]
+        return [Reference(f"{self.store.uri}/{name}", match["digest"]) for name, match in found if match]
 
-    def _require_room(self, name: str, more: int) -> None:
+    def _require_room(self, name: str, more: int) -> bool:
+        """Raise `QuotaError` unless there is room for a blob; whether one of that name is there. Without a quota nobody
+        looks."""
         if self._quota is None:
-            return
-        used = sum(entry.size for entry in self.store.entries() if not (more and entry.name == name))
+            return False
+        entries = self.store.entries()
+        used = sum(entry.size for entry in entries if not (more and entry.name == name))
         if used + more > self._quota:
             raise QuotaError(
                 f"{self.store.uri} is full",
@@ -84,6 +92,7 @@ class TraceStore:
                 got=f"{used} kept and {more} more",
                 fix="Remove what has been read, shorten max_age_s, or raise the quota.",
             )
+        return any(entry.name == name for entry in entries)
 
 
 def resolve(reference: Reference | str, *, max_bytes: int = MAX_BYTES) -> list[RoutingTrace]:
