@@ -239,6 +239,18 @@ def test_a_layout_that_the_payload_contradicts_is_refused() -> None:
         from_lightllm(to_lightllm(TRACE), TOKENS, MoeLayout((1, 4), 8, 2))
 
 
+@pytest.mark.parametrize("key", ["layers", "num_experts"])
+def test_a_payload_that_says_only_one_fact_of_its_layout_is_held_to_that(key: str) -> None:
+    payload = to_lightllm(TRACE)
+    other = MoeLayout((1, 4), 8, 2) if key == "layers" else MoeLayout((1, 3), 9, 2)
+    del payload["num_experts" if key == "layers" else "layers"]
+    assert from_lightllm(payload, TOKENS, LAYOUT) == TRACE
+    with refused(LayoutMismatchError, "that of the model", expected=other, got=LAYOUT):
+        from_lightllm(payload, TOKENS, other)
+    with refused(FormatError, "does not say its layers", fix="layout=moetrace.layout_of(model)"):
+        from_lightllm(payload, TOKENS)
+
+
 # --- refusals ---
 
 

@@ -130,8 +130,10 @@ def from_lightllm(
 def _trace_of(
     ids_TLK: np.ndarray, payload: dict[str, Any], tokens: Sequence[int] | np.ndarray, layout: MoeLayout | None
 ) -> RoutingTrace:
-    if "layers" in payload and "num_experts" in payload:
-        own = MoeLayout(payload["layers"], payload["num_experts"], ids_TLK.shape[2])
+    told = {name: payload[name] for name in ("layers", "num_experts") if name in payload}
+    known: dict[str, Any] = {} if layout is None else {"layers": layout.layers, "num_experts": layout.num_experts}
+    if told and len(known | told) == 2:
+        own = MoeLayout(**(known | told), top_k=ids_TLK.shape[2])
         if layout is not None:
             own.require_same(layout, "the model")
         layout = own
