@@ -34,6 +34,7 @@ def test_an_error_arrives_as_it_was_raised(kind: type[MoetraceError], facts: dic
         b"<html>",
         b"\xff",
         b"[]",
+        b"[" * 100_000,
         b"3",
         b'{"error": "no"}',
         b'{"error": {"type": "RequestError"}}',

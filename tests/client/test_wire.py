@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from traces import dyed_ids, make_trace, refused
@@ -30,6 +31,24 @@ TRACE = make_trace(PROMPT + OUTPUT)
 
 def asked(inputs: Any = tuple(PROMPT), n: int = 1, routes: Any = True, start: int = 0) -> Asked:
     return asked_of(inputs, n, routes, start, None)
+
+
+@pytest.mark.parametrize("prompt", [[1.9, 2], [1.0], ["1"], [None], np.array([1.5]), [[1]]], ids=repr)
+def test_a_prompt_that_is_neither_text_nor_whole_numbers_is_refused(prompt: Any) -> None:
+    with refused(RequestError, "the prompt is neither text nor token ids", expected="whole numbers"):
+        asked([prompt, "text"])
+
+
+def test_whole_numbers_of_any_kind_are_token_ids() -> None:
+    for prompt in (
+        np.array(PROMPT, np.uint16),
+        torch.tensor(PROMPT),
+        tuple(PROMPT),
+        [np.int64(token) for token in PROMPT],
+    ):
+        plain = asked([prompt, "text"]).prompts[0]
+        assert plain == PROMPT
+        assert all(type(token) is int for token in plain)
 
 
 def answer(trace: RoutingTrace | None = TRACE, codec: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -277,6 +296,7 @@ def stream_of(events: list[bytes], pieces: int = 1) -> list[Any]:
         (b'{"token": null}', "not one of /generate_stream"),
         (b"[]", "not one of /generate_stream"),
         (b"{", "not one of /generate_stream"),
+        (b"[" * 100_000, "not one of /generate_stream"),
         (b'{"token": null, "index": 1, "finished": false}', "not one of /generate_stream"),
         (
             b'{"token": null, "finished": true, "finish_reason": "stop", "output_token_ids": [8]}',

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from traces import make_trace, refused
 
-from moetrace.errors import QuotaError, RolloutError
+from moetrace.errors import FormatError, QuotaError, RolloutError
+from moetrace.format import save
 from moetrace.rollout.journal import Journal
 from moetrace.stores import LogWriter, TraceLog
 
@@ -175,3 +176,29 @@ def test_one_process_at_a_time_and_only_in_a_rollouts_folder(tmp_path: Path) -> 
     (tmp_path / "settings.json").unlink()
     with refused(RolloutError, "has responses, but no settings.json"):
         Journal(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("settings.json", b"{"),
+        ("settings.json", b"\xff"),
+        ("settings.json", b"5"),
+        ("settings.json", b"[" * 100_000),
+        ("rollout.jsonl", b'{"number": 0\n'),
+        ("rollout.jsonl", b"\xff\n"),
+        ("rollout.jsonl", b"[]\n"),
+        ("rollout.jsonl", b"{}\n"),
+        ("rollout.jsonl", b'{"number": [0]}\n'),
+        ("rollout.jsonl", b'{"number": "0"}\n'),
+        ("pending", b"{\n"),
+        ("pending", b'{"number": 7}\n' + save([])),
+        ("pending", b'{"number": 7, "sequences": [{}]}\n' + save([])),
+    ],
+)
+def test_a_file_that_is_damaged_is_refused_by_name(tmp_path: Path, name: str, data: bytes) -> None:
+    Journal(tmp_path, SETTINGS).close()
+    (tmp_path / name).write_bytes(data)
+    with refused(FormatError, f"{name} is damaged", fix="another --out"):
+        Journal(tmp_path, SETTINGS)
+    assert (tmp_path / name).read_bytes() == data

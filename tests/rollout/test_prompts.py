@@ -36,6 +36,7 @@ def test_lines_have_text_or_ids_names_and_parameters_of_their_own(tmp_path: Path
     ("line", "what"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[1]", "is not a prompt"),
         ('{"id": 1}', "is not a prompt"),
         ('{"inputs": "a", "prompt": "b"}', "is not a prompt"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack
@@ -25,6 +27,8 @@ T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"([\x21-\x7e]([\t\x20-\x7e]*[\x21-\x7e])?)?")
 
 
 def _sync(make: Callable[Concatenate[Calls, P], Steps[T]]) -> Callable[Concatenate[Client, P], T]:
@@ -78,7 +82,7 @@ class Client:
         transport: an httpx transport to use instead of the network.
 
     Raises:
-        RequestError: the URL is none.
+        RequestError: the URL is none, or the key or a header cannot be sent.
     """
 
     def __init__(
@@ -173,7 +177,7 @@ class AsyncClient:
         transport: an asynchronous httpx transport to use instead of the network.
 
     Raises:
-        RequestError: the URL is none.
+        RequestError: the URL is none, or the key or a header cannot be sent.
     """
 
     def __init__(
@@ -276,16 +280,36 @@ def _checked(url: str) -> httpx.URL:
 
 
 def _headers(api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, str]:
-    return {**(headers or {}), **({} if api_key is None else {"Authorization": f"Bearer {api_key}"})}
+    both = {**(headers or {}), **({} if api_key is None else {"Authorization": f"Bearer {api_key}"})}
+    for name, value in both.items():
+        if not (_HEADER_NAME.fullmatch(name) and isinstance(value, str) and _HEADER_VALUE.fullmatch(value)):
+            raise RequestError(  # without the value, which may be a secret
+                f"the header {name!r} cannot be sent",
+                expected="printable ASCII, without spaces at its ends",
+                fix="A key that was read from a file may end with a newline.",
+            )
+    return both
 
 
 def _arguments(step: Send) -> dict[str, Any]:
-    """What httpx needs to send a request."""
+    """What httpx needs to send a request.
+
+    Raises:
+        RequestError: it cannot be sent.
+    """
     request = step.request
     left = max(step.deadline - time.monotonic(), 0.001)
     timeout = httpx.Timeout(None if math.isinf(left) else left, connect=min(left, CONNECT_SECONDS))
-    body = {} if request.body is None else {"json": request.body}
-    return {"method": request.method, "url": request.path, "headers": request.headers, "timeout": timeout, **body}
+    arguments = {"method": request.method, "headers": request.headers, "timeout": timeout}
+    try:
+        arguments["url"] = httpx.URL(request.path)
+        if request.body is not None:
+            text = json.dumps(request.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            arguments["content"] = text.encode()
+            arguments["headers"] = {**request.headers, "Content-Type": "application/json"}
+    except (httpx.InvalidURL, TypeError, ValueError) as error:  # half a surrogate pair is text, but not UTF-8
+        raise RequestError(f"the request to {request.path!r} cannot be sent", got=str(error)) from error
+    return arguments
 
 
 def _is_left_open(request: Request, response: httpx.Response) -> bool:

@@ -27,7 +27,7 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes, path: str) ->
     """
     try:
         error = error_from(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = body[:200].decode("utf-8", "replace")
         error = ServerError(f"the server answered with status {status}", got=text or "an empty body")
     if isinstance(error, ServerError):

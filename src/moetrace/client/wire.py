@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -70,11 +71,25 @@ def parameters_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_of(inputs: Prompt | Sequence[Prompt], n: int, routes: Routes, start: int, layout: MoeLayout | None) -> Asked:
-    """One prompt or several as what the wire takes: text, or lists of plain integers."""
+    """One prompt or several as what the wire takes: text, or lists of plain integers.
+
+    Raises:
+        RequestError: a prompt is neither.
+    """
     is_batch = not isinstance(inputs, str) and any(isinstance(item, str) or hasattr(item, "__len__") for item in inputs)
     prompts: Sequence[Any] = inputs if is_batch else [inputs]
-    plain = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
+    plain = [prompt if isinstance(prompt, str) else _token_ids(prompt) for prompt in prompts]
     return Asked(plain, is_batch, n, routes, start, layout)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """Whole numbers as Python's; `int` alone would round others, and read texts."""
+    try:
+        return [int(operator.index(token)) for token in prompt]
+    except TypeError as error:
+        raise RequestError(
+            "the prompt is neither text nor token ids", expected="whole numbers", got=repr(prompt)[:80]
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -260,7 +275,7 @@ def understanding(path: str, said: Any) -> Iterator[None]:
     """Whatever goes wrong within because `said` is not what `path` answers, as one error."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise ServerError(
             f"the answer is not one of {path} ({error!r})", got=repr(said)[:200], fix="Is this a moetrace server?"
         ) from error

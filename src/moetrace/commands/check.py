@@ -17,7 +17,7 @@ from moetrace.conformance.suite.cases import CASES
 from moetrace.conformance.suite.report import Report
 from moetrace.conformance.suite.run import load_forms, run_suite
 from moetrace.conformance.suite.session import Plan
-from moetrace.errors import CheckError, MissingExtraError
+from moetrace.errors import CheckError, DyeError, MissingExtraError
 from moetrace.files import write_whole
 
 DIALECTS = ("auto", "moetrace", "lightllm", "sglang", "vllm")
@@ -57,8 +57,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     plan = Plan.quick() if args.quick else Plan()
     config = Path(args.dye) / "config.json"
     if config.is_file():
-        window = json.loads(config.read_text()).get("max_position_embeddings", plan.max_tokens)
-        plan = replace(plan, max_tokens=min(plan.max_tokens, window))
+        try:
+            window = json.loads(config.read_text()).get("max_position_embeddings", plan.max_tokens)
+            plan = replace(plan, max_tokens=min(plan.max_tokens, window))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise DyeError(f"{config} is not that of a checkpoint", got=repr(error)) from error
     return replace(plan, **{name: value for name, value in knobs_of(args, Plan).items() if value is not None})
 
 

@@ -16,13 +16,15 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moetrace.errors import RolloutError
+from moetrace.errors import FormatError, InvalidTraceError, RolloutError
 from moetrace.files import PART_PATTERN, sync_directory, write_whole
 from moetrace.format import load, save
+from moetrace.layout import as_int
 from moetrace.stores import LogWriter, TraceLog
 from moetrace.trace import RoutingTrace
 
@@ -62,7 +64,8 @@ class Journal:
             self.done = self._read()
             self._log = LogWriter(self.path / "traces")
             if self._pending.exists():
-                self._finish(self._pending.read_bytes(), names=self._logged())
+                with _reading(self._pending):
+                    self._finish(self._pending.read_bytes(), names=self._logged())
         except BaseException:
             self.close()
             raise
@@ -141,7 +144,8 @@ class Journal:
             if (self.path / "rollout.jsonl").exists():
                 raise RolloutError(f"{self.path} has responses, but no settings.json", fix="Use another --out.")
             return write_whole(path, json.dumps(settings, indent=1).encode() + b"\n", durable=True)
-        before = json.loads(path.read_bytes())
+        with _reading(path):
+            before = dict(json.loads(path.read_bytes()))
         for name in sorted({*before, *settings}):
             if before.get(name) != settings.get(name):
                 raise RolloutError(
@@ -162,10 +166,22 @@ class Journal:
             os.ftruncate(self._responses, whole)
             os.fsync(self._responses)
         sync_directory(self.path)
-        return {json.loads(line)["number"] for line in data[:whole].splitlines()}
+        with _reading(path):
+            return {as_int(json.loads(line)["number"], "a number") for line in data[:whole].splitlines()}
 
     def _logged(self) -> frozenset[str]:
         return frozenset(record.name for record in TraceLog(self.path / "traces").records)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever is not as the journal wrote it is a `FormatError` that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RecursionError, InvalidTraceError) as error:
+        raise FormatError(
+            f"{path} is damaged", got=repr(error), fix="Repair it by hand, or use another --out."
+        ) from error
 
 
 def _write(file: int, data: bytes) -> None:

@@ -72,7 +72,7 @@ class PromptFile:
 def _line_of(number: int, text: bytes, parameters: Mapping[str, Any], path: Path) -> PromptLine:
     try:
         facts = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(path, number, "is not JSON", got=str(error)) from error
     if not isinstance(facts, dict) or ("inputs" in facts) == ("prompt" in facts):
         raise _wrong(path, number, "is not a prompt", got=text[:80].decode("utf-8", "replace"))

@@ -106,6 +106,10 @@ def test_the_plan_follows_flags_and_the_checkpoints_window(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 700}')
     assert plan().max_tokens == 700
     assert plan("--max-tokens", "600").max_tokens == 600
+    for broken in ("{", "[]", '{"max_position_embeddings": "700"}'):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(DyeError, match=r"config\.json is not that of a checkpoint"):
+            plan()
 
 
 def test_a_second_checkpoint_must_be_another_version_of_the_first(tmp_path: Path) -> None:
