@@ -1,5 +1,5 @@
-"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of those still running, of the seeds
-that every variant has."""
+"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of the seeds that every variant has,
+as far as the shortest of these runs goes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
                 axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.4)
             compared = [curves[seed] for seed in common if seed in curves and len(curves[seed][0])]
             if compared:
-                steps, _ = max(compared, key=lambda pair: len(pair[0]))
-                means = [np.mean([v[i] for _, v in compared if i < len(v)]) for i in range(len(steps))]
+                steps, _ = min(compared, key=lambda pair: len(pair[0]))
+                means = np.mean([values[: len(steps)] for _, values in compared], 0)
                 seeds = f"{len(compared)} seed{'s' * (len(compared) > 1)}"
                 axis.plot(steps, means, color=colour, linewidth=2, label=f"{variant} ({seeds})")
         axis.set(title=title, xlabel="step", yscale=scale)
@@ -57,7 +57,9 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
     if axes[0, 0].lines:
         axes[0, 0].legend()
     settings = record["settings"]
-    figure.suptitle(f"GRPO on sorting digits; rollout weights {settings['rollout']}, learning rate {settings['lr']}")
+    figure.suptitle(
+        f"GRPO on sorting digits; rollout weights {settings['rollout']}, learning rate {settings['lr']}; means of 10 steps"
+    )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
