@@ -1,5 +1,5 @@
-"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of the seeds that every variant has,
-as far as the shortest of these runs goes."""
+"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of the seeds that every variant
+has, as far as the shortest of these runs goes."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def draw_training(record: dict[str, Any], path: Path) -> None:
     if axes[0, 0].lines:
         axes[0, 0].legend()
     settings = record["settings"]
-    figure.suptitle(
-        f"GRPO on sorting digits; rollout weights {settings['rollout']}, learning rate {settings['lr']}; means of 10 steps"
-    )
+    numerics = f"rollout weights {settings['rollout']}, learning rate {settings['lr']}"
+    figure.suptitle(f"GRPO on sorting digits; {numerics}; running means of 10 steps")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
