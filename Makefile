@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: help setup demo test check format families conformance clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.ready ## Create .venv with everything pinned in constraints.txt
 

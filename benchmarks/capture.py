@@ -149,18 +149,25 @@ def step(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     graphs = build()
     times: dict[str, list[float]] = {name: [] for name in graphs}
+    launches: dict[str, list[float]] = {name: [] for name in graphs}
     for number in tqdm(range(args.rounds * 100 + 20), desc="replays", mininterval=2):
         for name, graph in graphs.items():
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             with torch.cuda.stream(io.compute_stream):
                 began.record()
+                launching = time.perf_counter()
                 graph.replay()
+                launched = time.perf_counter()
                 ended.record()
             ended.synchronize()
             if number >= 20:
                 times[name].append(began.elapsed_time(ended))
-    kernels = {name: count_kernels(graph) for name, graph in graphs.items()}
-    result = summary(times, unit="ms") | {"replays_of_each": args.rounds * 100, "kernels_per_step": kernels}
+                launches[name].append(1e3 * (launched - launching))
+    result = summary(times, unit="ms") | {
+        "replays_of_each": args.rounds * 100,
+        "kernels_per_step": {name: count_kernels(graph) for name, graph in graphs.items()},
+        "host_ms_per_launch": {name: round(statistics.median(some), 4) for name, some in launches.items()},
+    }
     del graphs
     engine.close()
     return result

@@ -1,4 +1,4 @@
-"""GRPO with TRL and R3 on a CPU, in about a minute: the rollout's routes replayed in training.
+"""GRPO with TRL and R3 on a CPU, in ten seconds: the rollout's routes replayed in training.
 
     python examples/grpo_trl.py [--steps 4]
 

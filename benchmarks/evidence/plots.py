@@ -1,4 +1,5 @@
-"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of the seeds still running."""
+"""Plots of whatever results a folder has: thin lines are seeds, thick ones the mean of the seeds that every variant
+has, as far as the shortest of these runs goes."""
 
 from __future__ import annotations
 
@@ -37,23 +38,27 @@ def draw(folder: Path) -> None:
 def draw_training(record: dict[str, Any], path: Path) -> None:
     """Measures by step, one colour for each variant."""
     figure, axes = plt.subplots(3, 3, figsize=(12, 9), constrained_layout=True)
+    trained = [run for run in record["runs"] if run["steps"]]
+    seeds_of = {variant: {run["seed"] for run in trained if run["variant"] == variant} for variant in COLOURS}
+    common = set.intersection(*(seeds for seeds in seeds_of.values() if seeds))
     for axis, (name, title, width, scale) in zip(axes.flat, PANELS, strict=True):
         for variant, colour in COLOURS.items():
-            curves = [curve(run, name, width) for run in record["runs"] if run["variant"] == variant]
-            curves = [(steps, values) for steps, values in curves if len(steps)]
-            for steps, values in curves:
+            curves = {run["seed"]: curve(run, name, width) for run in trained if run["variant"] == variant}
+            for steps, values in curves.values():
                 axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.4)
-            if curves:
-                steps, _ = max(curves, key=lambda pair: len(pair[0]))
-                means = [np.mean([v[i] for _, v in curves if i < len(v)]) for i in range(len(steps))]
-                seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
+            compared = [curves[seed] for seed in common if seed in curves and len(curves[seed][0])]
+            if compared:
+                steps, _ = min(compared, key=lambda pair: len(pair[0]))
+                means = np.mean([values[: len(steps)] for _, values in compared], 0)
+                seeds = f"{len(compared)} seed{'s' * (len(compared) > 1)}"
                 axis.plot(steps, means, color=colour, linewidth=2, label=f"{variant} ({seeds})")
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.title.set_fontsize(10)
     if axes[0, 0].lines:
         axes[0, 0].legend()
     settings = record["settings"]
-    figure.suptitle(f"GRPO on sorting digits; rollout weights {settings['rollout']}, learning rate {settings['lr']}")
+    numerics = f"rollout weights {settings['rollout']}, learning rate {settings['lr']}"
+    figure.suptitle(f"GRPO on sorting digits; {numerics}; running means of 10 steps")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

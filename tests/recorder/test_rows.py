@@ -220,16 +220,17 @@ def test_what_was_taken_does_not_change_when_the_slots_are_written_again(compute
     layout = MoeLayout((0, 1), 300, 2)
     store, slow = RowStore(layout, PAGES, PAGE, torch.device(device)), SlowStore()
     slots: list[int | None] = list(range(PAGES * PAGE))
-    first = filled(layout, PAGES * PAGE, device)
+    step = by_index(slots, slots, PAGE, device)  # type: ignore[arg-type]
+    first, second = filled(layout, PAGES * PAGE, device), filled(layout, PAGES * PAGE, device, seed=1)
     slow.commit(first, slots, slots, 0)  # type: ignore[arg-type]
-    store.commit(first, by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
+    store.commit(first, step)
     if device == "cuda":
         store.take(range(PAGES), computed=computed).read(0, 1)  # pinned memory is there: making it may wait
         torch.cuda.synchronize()
         torch.cuda._sleep(1 << 30)  # a step that still runs, half a second long
     pulled = store.take(range(PAGES), computed=computed)
     running = torch.cuda.current_stream().record_event() if device == "cuda" else None
-    store.commit(filled(layout, PAGES * PAGE, device, seed=1), by_index(slots, slots, PAGE, device))  # type: ignore[arg-type]
+    store.commit(second, step)
     experts_SLK, marks_S2 = pulled.read(2, 3)
     if running is not None:
         assert running.query() is not computed  # what the host knows to be computed does not wait for that step

@@ -57,7 +57,7 @@ class BatchLoop:
         self._preempting = False
         self._stale: set[str] = set()
         self._joined = ExitStack()
-        self._wait_for_this_thread()  # memory that it freed a moment ago may be the cache's now
+        self._finish_this_thread()
         with self.on_compute_stream():  # where the warm-up comes next
             _clear(self._cache)
         self.join(self._processor, "prepare_next_batch", self._between_steps)
@@ -81,6 +81,7 @@ class BatchLoop:
 
     def listen(self, listener: PageListener) -> None:
         """Tell `listener` everything from now on."""
+        self._finish_this_thread()
         self._listener = listener
         self.join(self._processor, "_generation_step", self._launch)
         self.join(self._processor, "update_batch", self._update)
@@ -264,13 +265,15 @@ class BatchLoop:
         """The engine copies forked pages, and without asynchronous batching writes a step's inputs, on this thread's
         current stream; the compute stream reads them and does not wait. Under load a step would compute the tokens of
         the step before it again, and a fork read what its pages held before."""
-        self._wait_for_this_thread()
+        self._processor.inputs_and_outputs.compute_stream.wait_stream(torch.cuda.current_stream(self.device))
         own(model)
 
-    def _wait_for_this_thread(self) -> None:
-        """Let the compute stream wait for what this thread's current stream has been given so far."""
+    def _finish_this_thread(self) -> None:
+        """Wait until this thread's current stream has done all it was given: the engine's static inputs, and a
+        listener's buffers, are filled there, and the warm-up uses them on other streams, which do not wait. On a busy
+        GPU staging would be emptied while experts read their ids from it."""
         if self.device.type == "cuda":
-            self._processor.inputs_and_outputs.compute_stream.wait_stream(torch.cuda.current_stream(self.device))
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _launch(self, own: Callable[..., None], model: nn.Module) -> None:
         assert self._listener is not None
