@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from moetrace.conformance.dye.form import DyeForm
-from moetrace.conformance.suite.adapters.http import HttpSubject
+from moetrace.conformance.suite.adapters.http import SECONDS_TO_TELL, HttpSubject
 from moetrace.conformance.suite.adapters.lightllm import LightLLMSubject, MoetraceSubject
 from moetrace.conformance.suite.adapters.sglang import SGLangSubject
 from moetrace.conformance.suite.adapters.vllm import VLLMSubject
@@ -50,7 +50,7 @@ async def open_subject(
 
 async def _dialect_of(client: httpx.AsyncClient, url: str) -> str:
     try:
-        await client.get("/health")
+        await client.get("/health", timeout=SECONDS_TO_TELL)
     except httpx.HTTPError as error:
         raise CheckError(f"nobody answers at {url}", got=repr(error), fix="Start the engine first.") from error
     probe = HttpSubject(client, None)  # type: ignore[arg-type]
