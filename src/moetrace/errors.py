@@ -38,6 +38,9 @@ A message says what is wrong, what was expected, what was got and what to do nex
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class MoetraceError(Exception):
     """Root of all errors of this package.
@@ -54,6 +57,10 @@ class MoetraceError(Exception):
         facts = [f"{name} {value}" for name, value in (("expected", expected), ("got", got)) if value is not None]
         message = f"{what}: {', '.join(facts)}." if facts else f"{what}."
         super().__init__(f"{message} {fix}" if fix else message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is: exceptions are pickled by their message, which would come back as what is wrong."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class TraceError(MoetraceError):

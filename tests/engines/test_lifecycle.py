@@ -6,6 +6,8 @@ import itertools
 import shutil
 import threading
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,14 @@ from dye import Dye
 from safetensors.torch import load_file, save_file
 from test_transformers_engine import CAPTURE, assert_dyed, count_computed, generate, prompts_of
 from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.engines.transformers.delivery import Delivery
+from moetrace.engines.transformers.pending import Pending
+from moetrace.engines.transformers.stopping import Stops
 from moetrace.errors import CaptureError, EngineError, RequestError, WeightsError
 from moetrace.trace import WeightSpan
 
@@ -135,6 +141,68 @@ def test_a_stop_text_that_spans_the_prompt_does_not_count(dye: Dye, make_engine)
     engine = make_engine(dye.model(), Letters())
     result = engine.submit([3, 4], SamplingParams(6, stop=("EF",)), return_routes=True).result(60)
     assert (len(result.output_tokens), result.finish_reason) == (6, "length")
+
+
+class Torn(Letters):
+    """It has no letter for tokens from 12 on."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        if max(tokens, default=0) >= 12:
+            raise ValueError("id is out of range")
+        return super().decode(tokens, skip_special_tokens=skip_special_tokens)
+
+
+def test_a_tokenizer_that_fails_ends_its_request_and_no_other(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), Torn())
+    other = engine.submit([3, 4], SamplingParams(200), return_routes=True)
+    for tokens in (1, 300):  # at the last token, and before
+        failing = engine.submit([10, 11], SamplingParams(tokens, stop=("Z",), n=1 + tokens % 2), return_routes=True)
+        for future in failing.futures:
+            with pytest.raises(RequestError, match="does not decode"):
+                future.result(60)
+    assert_dyed(dye, other.result(60))
+    assert_dyed(dye, engine.submit([3, 4], SamplingParams(5, stop=("Z",)), return_routes=True).result(60))
+    assert engine.is_healthy()
+    assert not engine._delivery.pending
+    assert not engine._capture._histories
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_delivery_dies_waiting_requests_fail_and_health_says_so(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model())
+    engine._delivery._finish = None
+    engine.pause()
+    generations = [engine.submit([1, 2], SamplingParams(2)) for _ in range(2)]
+    engine.resume()
+    for generation in generations:
+        with pytest.raises(EngineError, match="stopped"):
+            generation.result(60)
+    assert not engine.is_healthy()
+    with pytest.raises(EngineError, match="stopped"):
+        engine.submit([1, 2], SamplingParams(2))
+
+
+def test_what_an_engine_delivered_before_it_stopped_reaches_who_waits() -> None:
+    """It may stop between a look at the empty queue and one at its health."""
+    pending = Pending([1], SamplingParams(2), Future(), False, frozenset(), Stops(None, SamplingParams(2)), None)
+    output = GenerationOutput("one", generated_tokens=[3, 4], logprobs=[0, 0], status=RequestStatus.FINISHED)
+    waits, outputs = threading.Event(), [None, output, None]
+
+    def get_result(timeout: float) -> Any:
+        assert waits.wait(60)
+        return outputs.pop(0)
+
+    manager = SimpleNamespace(
+        is_running=lambda: len(outputs) == 3,
+        background_thread_status=SimpleNamespace(fatal_error=None),
+        get_result=get_result,
+    )
+    scorer: Any = SimpleNamespace(drop=lambda request_id: None)
+    delivery = Delivery(manager, None, scorer, ["0"], "an engine")
+    delivery.pending["one"] = pending
+    waits.set()
+    assert pending.future.result(60).output_tokens == [3, 4]
+    delivery.join()
 
 
 def test_stop_texts_in_real_text() -> None:

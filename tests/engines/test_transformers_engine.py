@@ -404,10 +404,40 @@ def test_an_unknown_model_path_is_refused() -> None:
         TransformersEngine.load("./nowhere")
 
 
-@pytest.mark.parametrize(("knob", "value"), [("dtype", "int8"), ("device", "tpu9"), ("max_model_len", 5000)])
-def test_knobs_out_of_range_are_refused(knob, value) -> None:
+@pytest.mark.parametrize(("knob", "value"), [("device", "tpu9"), ("max_model_len", 5000)])
+def test_knobs_that_the_machine_or_the_model_does_not_have_are_refused(knob, value) -> None:
     with pytest.raises(EngineError, match=str(value)):
         TransformersEngine.load(TINY, EngineConfig(**{knob: value}))
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("dtype", "int8"),
+        ("parallel", "pp"),
+        ("max_model_len", 1),
+        ("kv_cache_tokens", 0),
+        ("kv_cache_tokens", -64),
+        ("page_size", 0),
+        ("page_size", 3),
+        ("max_batch_tokens", 0),
+        ("max_running_requests", 0),
+        ("cpu_offload_gib", -1.0),
+        ("cpu_offload_gib", float("nan")),
+        ("compile_level", -1),
+        ("compile_level", 4),
+        ("seed", 2**63),
+    ],
+)
+def test_knobs_out_of_range_are_refused(knob, value) -> None:
+    with pytest.raises(EngineError, match=rf"^{knob} is (unknown|out of range): expected .*, got {value}\.$"):
+        EngineConfig(**{knob: value})
+
+
+def test_the_least_of_every_knob_serves(dye: Dye, make_engine) -> None:
+    least = {"kv_cache_tokens": 1, "page_size": 4, "max_batch_tokens": 1, "max_running_requests": 1}
+    [result] = generate(make_engine(dye.model(), **least, seed=-(2**63)), [[1, 2]], 2)
+    assert_dyed(dye, result)
 
 
 def test_two_engines_in_one_process_do_not_mix() -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+from moetrace.errors import EngineError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_PLANS = ("none", "tp", "ep")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The knobs of the embedded engine. The command line reads names, defaults and help from here."""
+    """The knobs of the embedded engine. The command line reads names, defaults and help from here.
+
+    Raises:
+        EngineError: a value is out of range, or none that is known.
+    """
 
     enable_return_routed_experts: bool = field(
         default=False, metadata={"help": "record the experts of every token, so that requests can ask for them"}
@@ -52,3 +62,22 @@ class EngineConfig:
     )
     weight_version: str = field(default="0", metadata={"help": "name of the weights, recorded with every row"})
     seed: int | None = field(default=None, metadata={"help": "seed of the sampler; default: random"})
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", _DTYPES), ("parallel", _PLANS)):
+            if getattr(self, name) not in known:
+                raise EngineError(f"{name} is unknown", expected=" or ".join(known), got=getattr(self, name))
+        for name, least, most in (
+            ("max_model_len", 2, math.inf),
+            ("kv_cache_tokens", 1, math.inf),
+            ("page_size", 4, math.inf),  # transformers' own least
+            ("max_batch_tokens", 1, math.inf),
+            ("max_running_requests", 1, math.inf),
+            ("cpu_offload_gib", 0, math.inf),
+            ("compile_level", 0, 3),
+            ("seed", -(2**63), 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise EngineError(f"{name} is out of range", expected=expected, got=value)

@@ -80,7 +80,7 @@ class GenerationRecording(RoutingSession):
         return torch.stack([forward[index].to(forward[0].device) for index in range(len(forward))], 1)
 
     def _columns(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> int:
-        if self._prompts is None:
+        if self._prompts is None or self._sequences_BS is None:
             raise RouterError("nothing was generated inside the context", expected="one call of model.generate")
         rows, columns = self._prompts
         steps = max(map(len, outputs), default=0)
@@ -106,17 +106,30 @@ def record_generation(model: nn.Module, temperature: float = 1.0) -> Iterator[Ge
 
     Raises:
         NotMoeError, UnsupportedRouterError: the model cannot be recorded.
+        RouterError: by `generate`, before it runs: it was given no token ids, or ran before.
     """
     tap = tap_model(model)
     own: Any = model.generate
     recording = GenerationRecording(tap, temperature)
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", ()), recording._sampled])
+    def generate(
+        inputs: Any = None, generation_config: Any = None, logits_processor: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        ids_BP = kwargs.get("input_ids") if inputs is None else inputs
+        if not isinstance(ids_BP, torch.Tensor) or ids_BP.ndim != 2:
+            raise RouterError(
+                "generate was not given prompts that can be told apart from what it generates",
+                expected="token ids [B, P], as input_ids or as the first argument",
+                got=type(ids_BP).__name__ if not isinstance(ids_BP, torch.Tensor) else tuple(ids_BP.shape),
+            )
+        if recording._prompts is not None:
+            raise RouterError("a second generate inside the context", expected="one", fix="Record each by itself.")
+        recording._prompts = len(ids_BP), ids_BP.shape[1]
+        processors = LogitsProcessorList([*(logits_processor or ()), recording._sampled])
         with tap.active(recording):
-            sequences_BS = own(*args, **kwargs)
-        recording._prompts, recording._sequences_BS = tuple(kwargs["input_ids"].shape), sequences_BS
-        return sequences_BS
+            output = own(inputs, generation_config, processors, *args, **kwargs)
+        recording._sequences_BS = getattr(output, "sequences", output)  # with return_dict_in_generate an object
+        return output
 
     with shadowed(model, "generate", generate):
         yield recording

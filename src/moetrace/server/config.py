@@ -53,8 +53,10 @@ class ServerConfig:
             ("archive_seconds", 0),
             ("shutdown_seconds", 0),
         ):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nor is NaN
                 raise EngineError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
+        if not 0 <= self.port <= 65535:
+            raise EngineError("port is out of range", expected="0 (any that is free) to 65535", got=self.port)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise EngineError("max_prompt_tokens is out of range", expected="at least 1", got=self.max_prompt_tokens)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

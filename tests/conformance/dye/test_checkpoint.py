@@ -109,6 +109,9 @@ def test_words_are_tokens(tmp_path: Path) -> None:
         ("qwen3_moe", {"dense_first": 4}, "no layer has experts"),
         ("qwen3_moe", {"top_k": 1, "vocab_size": 16384}, "vocabulary is too large"),
         ("qwen3_moe", {"dtype": "int8"}, "dtype is unknown"),
+        ("deepseek_v3", {"shared_experts": -1}, "shared_experts is out of range"),
+        ("qwen3_moe", {"vocab_size": 0}, "vocab_size is out of range"),
+        ("qwen3_moe", {"window": 0}, "window is out of range"),
         ("qwen3_moe", {"num_experts": 256, "top_k": 100, "dtype": "bfloat16"}, "could be lost"),
     ],
 )

@@ -149,6 +149,11 @@ def test_nobody_at_home_and_strangers() -> None:
             asyncio.run(open_subject("http://engine", FORM, client=client))
 
 
+def test_a_key_that_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(CheckError, match="the API key cannot be sent"):
+        asyncio.run(open_subject("http://engine", FORM, api_key="schlüssel"))
+
+
 def test_whose_fault_an_error_is() -> None:
     states = iter([429, 429, 200, 400, 500])
 

@@ -148,6 +148,14 @@ def test_other_tokens_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_tokens_that_are_no_whole_numbers_are_refused_not_rounded(name: str) -> None:
+    payload, bent = write(name, trace_of(CASE), CASE.tokens), [token + 0.25 for token in CASE.tokens]
+    for use in (lambda: write(name, trace_of(CASE), bent), lambda: read(name, payload, bent)):
+        with refused(InvalidTraceError, "tokens must be the ids of one sequence", got="float64"):
+            use()
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("change", [-2, -1, 1, 2])
 def test_another_number_of_rows_is_refused(name: str, change: int) -> None:
     payload = np.concatenate([DOCUMENTED[name].rows(CASE)] * 2)[: len(DOCUMENTED[name].rows(CASE)) + change]

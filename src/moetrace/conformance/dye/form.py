@@ -74,11 +74,13 @@ class DyeForm:
     def __post_init__(self) -> None:
         for name in ("digits", "layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not 1 <= self.top_groups <= self.num_groups:
+            expected = f"1 to num_groups, which is {self.num_groups}"
+            raise DyeError("top_groups does not make a dye", expected=expected, got=self.top_groups)
         for right, what, expected, got in (
             (len(self.digits) in (1, 2) and min(self.digits) > 1, "digits", "one or two numbers > 1", self.digits),
             (gcd(*self.digits) == 1 or len(self.digits) == 1, "digits", "no common divisor", self.digits),
             (self.num_experts % self.num_groups == 0, "num_groups", f"divides {self.num_experts}", self.num_groups),
-            (self.top_groups <= self.num_groups, "top_groups", f"at most {self.num_groups}", self.top_groups),
             (self.weight_version >= 0, "weight_version", "at least 0", self.weight_version),
             (
                 all(pool.picked_groups <= pool.picks <= pool.picked_groups * pool.size for pool in self.pools),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetrace.errors import DyeError
+
 
 def _knob(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -12,7 +14,11 @@ def _knob(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class DyeOptions:
-    """Sizes and numbers of a dye checkpoint."""
+    """Sizes and numbers of a dye checkpoint.
+
+    Raises:
+        DyeError: a value is out of range. Whether they fit an architecture and each other shows later.
+    """
 
     num_experts: int = _knob(64, "experts of a layer, E")
     top_k: int = _knob(8, "experts of a token, K")
@@ -27,3 +33,8 @@ class DyeOptions:
     window: int = _knob(32768, "longest sequence")
     dtype: str = _knob("bfloat16", "float32, bfloat16 or float16")
     weight_version: int = _knob(0, "each version routes otherwise: write two to test an update of weights")
+
+    def __post_init__(self) -> None:
+        for name, least in (("shared_experts", 0), ("vocab_size", 2), ("window", 2)):
+            if getattr(self, name) < least:
+                raise DyeError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))

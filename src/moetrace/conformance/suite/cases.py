@@ -199,8 +199,7 @@ async def weights(session: Session) -> None:
     await asyncio.sleep(0.05)
     try:
         for path, form in ((newer_folder, newer), (folder, older)):
-            await session.subject.update_weights(path, str(form.weight_version))
-            session.world.switch(form)
+            await session.update_weights(path, form)
             await asyncio.gather(*running)
             running = []
             again = [Ask(prompt, 6, cached=len(prompt)) for prompt in prompts]

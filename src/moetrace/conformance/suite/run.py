@@ -111,12 +111,17 @@ async def run_suite(
             session.tally.reason = str(error)
         except CheckError as error:
             session.find(Finding("", Bug.ERROR, str(error)))
+        if not (session.tally.sequences or session.tally.findings or session.tally.reason):
+            session.tally.reason = "the plan asks nothing of it"
         session.tally.seconds = time.perf_counter() - began
     name_renumbered(tallies, form.num_experts)
     results = [_result(case.name, case.why, tally) for case, tally in zip(cases, tallies, strict=True)]
     if not session.payloads.sequences:
         session.payloads.reason = "there are arrays here, and no payloads that a strict reader knows"
-    return replace(report, checks=(*results, _result(PAYLOADS, _PAYLOADS_WHY, session.payloads)))
+    report = replace(report, checks=(*results, _result(PAYLOADS, _PAYLOADS_WHY, session.payloads)))
+    if not report.findings and not report.rows:
+        return replace(report, untestable="every check was skipped, and no row was examined")
+    return report
 
 
 def _result(name: str, why: str, tally: Tally) -> CheckResult:

@@ -23,14 +23,17 @@ class Plan:
     """How much is asked.
 
     Attributes:
-        requests: requests of the check under load; 512, or 64.
+        requests: requests of the check under load; 512, or 64; 0 leaves it out.
         in_flight: most requests at once; 64.
         max_tokens: longest sequence, prompt and output; 8448, or 2304, and never above the checkpoint's window.
         flood_tokens: prompt tokens that are sent to push a prefix out of the engine's cache; 65536, or 4096.
-        pressure: long outputs at once, to make the engine preempt; 128, or 24.
+        pressure: long outputs at once, to make the engine preempt; 128, or 24; 0 leaves it out.
         pressure_tokens: tokens of each of them; 1024, or 160.
         seed: of the prompts.
-        timeout: seconds until a request counts as lost; 600.
+        timeout: seconds until a request, or an update of weights, counts as lost; 600.
+
+    Raises:
+        CheckError: a value is out of range.
     """
 
     requests: int = 512
@@ -41,6 +44,20 @@ class Plan:
     pressure_tokens: int = 1024
     seed: int = 0
     timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("requests", 0),
+            ("in_flight", 1),
+            ("max_tokens", 1),
+            ("flood_tokens", 0),
+            ("pressure", 0),
+            ("pressure_tokens", 1),
+        ):
+            if getattr(self, name) < least:
+                raise CheckError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
+        if not self.timeout > 0:  # nor is NaN
+            raise CheckError("timeout is out of range", expected="more than 0 seconds", got=self.timeout)
 
     @classmethod
     def quick(cls, **changes: int) -> Plan:
@@ -142,6 +159,15 @@ class Session:
         if lacking is not None:
             raise lacking
         return [result for result in done if not isinstance(result, BaseException)]
+
+    async def update_weights(self, folder: str, form: DyeForm) -> None:
+        """Bring the weights of a checkpoint, which are in force from then on; raises as `Subject.update_weights`."""
+        try:
+            async with asyncio.timeout(self.plan.timeout):
+                await self.subject.update_weights(folder, str(form.weight_version))
+        except TimeoutError as error:
+            raise CheckError(f"the weights were not there in {self.plan.timeout:g} seconds") from error
+        self.world.switch(form)
 
     async def _ask(self, ask: Ask, optional: bool) -> list[Answer]:
         async with self._gate:

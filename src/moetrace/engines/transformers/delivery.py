@@ -40,12 +40,14 @@ class Delivery:
         self._versions, self._engine_name = versions, engine_name
         self.pending: dict[str, Pending] = {}
         self.lock = threading.Lock()
+        self._is_over = False
         self._thread = threading.Thread(target=self._deliver, name="moetrace-deliver", daemon=True)
         self._thread.start()
 
     def is_healthy(self) -> bool:
-        """True while the generation thread lives."""
-        return self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+        """True while the generation thread and this one live."""
+        running = self._manager.is_running() and self._manager.background_thread_status.fatal_error is None
+        return running and not self._is_over
 
     def join(self) -> None:
         """Wait until the engine has stopped and everybody was answered."""
@@ -57,8 +59,15 @@ class Delivery:
         return self._capture.trace_of(rows, tokens, self._engine_name, self._weight_spans(rows))
 
     def _deliver(self) -> None:
+        try:
+            self._deliver_all()
+        finally:  # whatever ended this, nobody may wait for ever
+            self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
+
+    def _deliver_all(self) -> None:
         version = self._versions[0]
         while True:
+            healthy = self.is_healthy()  # asked first: what an engine delivered before it stopped is there then
             output = self._manager.get_result(timeout=0.05)
             if isinstance(output, NewWeights):
                 version = output.version
@@ -67,16 +76,19 @@ class Delivery:
                     self._finish(output, version)
                 else:
                     self._proceed(output)
-            elif not self.is_healthy():
+            elif not healthy:
                 break
-        self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
 
     def _proceed(self, output: Any) -> None:
         """A sequence has a new token: end it if that completes a stop, else tell who wants to know."""
         pending = self.pending.get(output.request_id)
-        if pending is None:
+        if pending is None or pending.failure is not None:
             return
-        if pending.stops.found(output.generated_tokens):
+        try:
+            is_over = pending.stops.found(output.generated_tokens)
+        except Exception as error:  # one request's tokenizer must not end the delivery of others
+            pending.failure, is_over = error, True
+        if is_over:
             self._manager.cancel_request(output.request_id)
         elif pending.on_progress is not None:
             try:
@@ -91,6 +103,8 @@ class Delivery:
             if pending is None:
                 return
         try:
+            if pending.failure is not None:
+                raise pending.failure
             if output.error is not None:
                 raise EngineError(f"the engine failed this request ({output.error})", fix="Send it again.")
             pending.future.set_result(self._result(output, pending, version))
@@ -146,7 +160,8 @@ class Delivery:
         ]
 
     def _fail_pending(self, error: EngineError) -> None:
-        with self.lock:
+        with self.lock:  # under which requests come in: none does after this
+            self._is_over = True
             pending, self.pending = self.pending, {}
         for request in pending.values():
             request.future.set_exception(error)

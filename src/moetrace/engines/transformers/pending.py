@@ -24,6 +24,8 @@ class Pending:
     on_progress: Callable[[list[int], list[float]], None] | None
     scores: PromptScores | None = None
     aborted: bool = False
+    failure: Exception | None = None
+    """What it was ended for, before the engine itself would have."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moetrace.engines.requests import SamplingParams
+from moetrace.errors import RequestError
 
 _REACH = 8
-"""Tokens looked at beyond the longest text's characters: some decode to nothing, some to part of a character."""
+"""Tokens looked at beyond the longest text's bytes: some decode to nothing."""
 
 
 class Stops:
@@ -23,8 +24,9 @@ class Stops:
         self._runs = [list(run) for run in sampling.stop_sequences]
         if self._fewest > 1:  # the engine itself knows no fewest
             self._runs += [[token] for token in sampling.stop_token_ids]
-        reaches = [len(run) for run in self._runs] + [len(text) + _REACH for text in self._texts]
-        self._reach = max(reaches, default=0)
+        # a tokenizer of bytes needs a token for each, and JSON can hold text that UTF-8 cannot
+        sizes = [len(text.encode("utf-8", "surrogatepass")) for text in self._texts]
+        self._reach = max([len(run) for run in self._runs] + [size + _REACH for size in sizes], default=0)
         self._seen = 0
         self.length: int | None = None
         """Tokens up to and with the one that completes something; None until there is one."""
@@ -34,7 +36,11 @@ class Stops:
         return bool(self._texts or self._runs)
 
     def found(self, tokens: list[int]) -> bool:
-        """Look at the tokens that came since the last call; True once something is complete."""
+        """Look at the tokens that came since the last call; True once something is complete.
+
+        Raises:
+            RequestError: the tokenizer cannot decode them.
+        """
         if not self:
             return False
         while self.length is None and self._seen < len(tokens):
@@ -53,4 +59,12 @@ class Stops:
         return any(decoded.count(text) > before.count(text) for text in self._texts)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        try:
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        except Exception as error:  # tokenizers have no common error: ValueError, TypeError, Rust's own
+            raise RequestError(
+                "stop texts cannot be looked for: the tokenizer does not decode what the model generated",
+                expected="a tokenizer with a text for each token of the model",
+                got=repr(error),
+                fix="Pass stop_token_ids.",
+            ) from error

@@ -16,7 +16,7 @@ from moetrace.batch import to_numpy
 from moetrace.dialects.checks import MISSING_ID, captured_rows, places_of, require_ids
 from moetrace.errors import FormatError, MissingRowError
 from moetrace.layout import MoeLayout
-from moetrace.tokens import require_token_ids
+from moetrace.tokens import as_token_ids, require_token_ids
 from moetrace.trace import Order, RoutingTrace
 
 Rows = Literal["inputs", "tokens", "either", "prefix"]
@@ -95,7 +95,7 @@ class Contract:
             MissingRowError: a row was not captured, and that is not permitted, or cannot be said.
             FormatError: the ids or the layers have no place in the payload.
         """
-        tokens_n = require_token_ids(np.asarray(to_numpy(tokens), dtype=np.int64))
+        tokens_n = require_token_ids(as_token_ids(to_numpy(tokens)))
         trace.require_tokens(tokens_n, f"{self.trainer}'s sequence")
         dtype, (places, width) = self.written_dtype(trace.layout), self.axis(trace.layout, num_layers)
         experts_nLK, captured_n = _rows_of(trace, len(tokens_n))
@@ -135,7 +135,7 @@ class Contract:
                 part; it is not said which rows are routes.
             TraceError: an id is out of range or twice in a route (rows that nobody wrote hold zeros).
         """
-        tokens_n = require_token_ids(np.asarray(to_numpy(tokens), dtype=np.int64))
+        tokens_n = require_token_ids(as_token_ids(to_numpy(tokens)))
         places, width = self.axis(layout, num_layers)
         num_rows = self._read_rows(payload, len(tokens_n))
         dtypes = [np.dtype(name) for name in self.dtypes if self.narrowed or _holds(name, layout)]

@@ -14,6 +14,8 @@ from moetrace.conformance.suite.asking import Answer, Ask
 from moetrace.errors import CheckError, LackingError
 
 _LATER = 429
+SECONDS_TO_TELL = 30.0
+"""In which an engine says what it is, without computing anything; requests have the plan's timeout."""
 _NOT_FOUND = 404
 
 
@@ -86,7 +88,7 @@ class HttpSubject:
     async def get(self, path: str) -> Any:
         """The JSON of a GET, or None where there is none."""
         try:
-            response = await self.client.get(path)
+            response = await self.client.get(path, timeout=SECONDS_TO_TELL)
             return response.json() if response.status_code == httpx.codes.OK else None
         except (httpx.HTTPError, ValueError):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from moetrace.conformance.dye.form import DyeForm
-from moetrace.conformance.suite.adapters.http import HttpSubject
+from moetrace.conformance.suite.adapters.http import SECONDS_TO_TELL, HttpSubject
 from moetrace.conformance.suite.adapters.lightllm import LightLLMSubject, MoetraceSubject
 from moetrace.conformance.suite.adapters.sglang import SGLangSubject
 from moetrace.conformance.suite.adapters.vllm import VLLMSubject
@@ -31,8 +31,10 @@ async def open_subject(
         client: to ask with, instead of one for `url`.
 
     Raises:
-        CheckError: nobody answers there, or in no dialect that is known.
+        CheckError: nobody answers there, or in no dialect that is known; or the key cannot be sent.
     """
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise CheckError("the API key cannot be sent", expected="printable ASCII")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     # most servers close an idle connection after 5 s, and lose a request that is sent at that moment
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
@@ -50,7 +52,7 @@ async def open_subject(
 
 async def _dialect_of(client: httpx.AsyncClient, url: str) -> str:
     try:
-        await client.get("/health")
+        await client.get("/health", timeout=SECONDS_TO_TELL)
     except httpx.HTTPError as error:
         raise CheckError(f"nobody answers at {url}", got=repr(error), fix="Start the engine first.") from error
     probe = HttpSubject(client, None)  # type: ignore[arg-type]

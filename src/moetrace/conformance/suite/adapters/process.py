@@ -105,6 +105,8 @@ class EngineSubject:
             raise LackingError(error.what, expected=error.expected, got=error.got) from error
         except MoetraceError as error:
             raise CheckError(str(error)) from error
+        except Exception as error:  # an engine's error is a finding, and the run goes on
+            raise CheckError("the engine failed", got=repr(error)) from error
         return [_answer(result, pieces) for result in results]
 
     async def _follow(self, ask: Ask, generation: Generation, told: asyncio.Queue[list[int]]) -> list[RoutingTrace]:
@@ -136,6 +138,8 @@ class EngineSubject:
             await asyncio.to_thread(self._engine.update_weights, folder, version)
         except MoetraceError as error:
             raise CheckError(str(error)) from error
+        except Exception as error:
+            raise CheckError("the engine failed", got=repr(error)) from error
 
     async def close(self) -> None:
         """The engine goes on."""
