@@ -9,6 +9,7 @@ Axes: T tokens, L MoE layers, K experts per token.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from math import gcd
 from typing import Any
 
@@ -68,7 +69,7 @@ class Dye:
 
     def model(self, dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
         """A fresh model with dyed weights."""
-        model = Qwen3MoeForCausalLM(self.config).eval()
+        model = Qwen3MoeForCausalLM(deepcopy(self.config)).eval()  # trainers write to a config
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):

@@ -39,7 +39,6 @@ A message says what is wrong, what was expected, what was got and what to do nex
 from __future__ import annotations
 
 import copyreg
-from typing import Any
 
 
 class MoetraceError(Exception):
@@ -58,7 +57,7 @@ class MoetraceError(Exception):
         message = f"{what}: {', '.join(facts)}." if facts else f"{what}."
         super().__init__(f"{message} {fix}" if fix else message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """As it is: exceptions are pickled by their message, which would come back as what is wrong."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
