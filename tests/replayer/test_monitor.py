@@ -376,7 +376,7 @@ def test_the_order_in_which_a_models_routers_run_does_not_matter(forwards: int) 
     expected = monitored([0, 1, 2], forwards)
     assert expected.forwards == forwards
     assert expected.token_mismatch == 3 / 40
-    assert monitored([1, 2], forwards).forwards == forwards  # a part of a model, without its first router
+    assert monitored([1, 2], forwards).forwards == 0  # a part of a model is no forward
     assert astuple(monitored([1, 0, 2], forwards)) == astuple(expected)
     assert astuple(monitored([2, 1, 0], forwards)) == astuple(expected)
 
@@ -386,3 +386,29 @@ def test_counting_a_few_layers_at_a_time_gives_the_same(monkeypatch: pytest.Monk
     for pairs in (1, 2 * 40 * 2 * 2):
         monkeypatch.setattr(monitor_module, "_MAX_PAIRS", pairs)
         assert astuple(monitored([0, 1, 2])) == astuple(expected)
+
+
+@pytest.mark.parametrize("failed", [[0], [0, 1], [2, 1]])
+def test_a_forward_that_fails_half_way_and_is_tried_again_is_counted_once(failed: list[int]) -> None:
+    expected = monitored([0, 1, 2])
+    assert astuple(monitored([*failed, 0, 1, 2] if failed[0] == 0 else [*failed, 2, 1, 0])) == astuple(expected)
+    assert astuple(monitored([0, 1, 2, *failed])) == astuple(expected)
+
+
+def test_statistics_of_a_replay_do_not_know_of_forwards_that_failed() -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 40)
+    traces = [shifted(trace, 1) for trace in recorded(model, tokens)]
+    expected, failures = judged(model, traces, tokens, on_shift="ignore"), [MemoryError, MemoryError]
+
+    def fail(*_: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    handle = model.model.layers[-1].register_forward_pre_hook(fail)
+    with torch.no_grad(), replay(model, traces, input_ids=tokens, on_shift="ignore") as session:
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                model(tokens)
+        model(tokens)
+    handle.remove()
+    assert astuple(session.stats()) == astuple(expected)

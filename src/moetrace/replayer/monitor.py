@@ -41,21 +41,29 @@ class OverlapMonitor:
 
     @property
     def forwards(self) -> int:
-        """Forward passes seen so far; known without waiting."""
-        return self._forwards
+        """Whole forward passes seen so far; known without waiting."""
+        return self._forwards + (bool(self._live) and not self.lacking)
+
+    @property
+    def lacking(self) -> list[int]:
+        """Numbers of the layers that the last forward has not come to; none where it is whole, or none ran."""
+        layers = range(self._routes.layout.num_layers)
+        return [layer for layer in layers if layer not in self._live] if self._live else []
 
     def observe(self, layer: int, live_NK: torch.Tensor, used_N: torch.Tensor) -> None:
         """Keep one layer's live choice of one forward, and which tokens got the row instead. No synchronisation."""
-        if not self._live or layer in self._live:  # a new forward; which router is its first, no number tells
+        if len(self._live) == self._routes.layout.num_layers:
             self._count()
-            self._forwards += 1
+        elif layer in self._live:  # the forward before failed half way and is tried again
+            self._live, self._used = {}, {}
         self._live[layer] = live_NK.to(torch.int32 if self._routes.layout.num_experts > 1 << 15 else torch.int16)
         self._used[layer] = used_N
 
     def _count(self) -> None:
-        """Count the layers of the forward that has just ended, on the device of its first layer."""
-        if not self._live:
+        """Count the layers of the forward that has just ended, if it is whole, on the device of its first layer."""
+        if not self._live or self.lacking:
             return
+        self._forwards += 1
         layers = sorted(self._live)
         given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
         differs_N = torch.zeros_like(replayed_N)
