@@ -34,6 +34,7 @@ from moetrace.errors import LayoutMismatchError, MissingRowError, MoetraceError,
 from moetrace.layout import MoeLayout
 from moetrace.replayer import align
 from moetrace.replayer.ranks import context_parallel
+from moetrace.routers import tap_model
 from moetrace.trace import RoutingTrace
 
 
@@ -376,20 +377,54 @@ def test_a_replay_in_which_no_forward_of_the_model_ran_is_refused_not_silent() -
         other(tokens)
 
 
+def test_a_replay_in_which_some_routers_did_not_run_is_refused_and_they_are_named() -> None:
+    """A fused path that computes a layer without its router leaves that layer live."""
+    model, tokens = build("qwen3_moe"), random_tokens(1, 10)
+    traces, sites = own_traces(model, tokens), tap_model(model).sites
+    block = model.model.layers[FAMILIES["qwen3_moe"].layers[-1]].mlp
+    block.forward = lambda hidden: hidden
+    with (
+        pytest.raises(ReplayError, match=rf"1 of {len(sites)} routers did not run .* nothing from {sites[-1].name}\."),
+        replay(model, traces, input_ids=tokens),
+    ):
+        model(tokens)
+    del block.forward
+    with replay(model, traces, input_ids=tokens) as session:
+        model(tokens)
+        model(tokens)
+    assert (session.forwards, session.lacking) == (2, [])
+
+
+def test_a_forward_that_failed_and_was_not_tried_again_is_no_replay() -> None:
+    model, tokens = build("mixtral"), random_tokens(1, 10)
+    handle = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    traces = own_traces(build("mixtral"), tokens)
+
+    def caught() -> None:
+        with replay(model, traces, input_ids=tokens), pytest.raises(ZeroDivisionError):
+            model(tokens)
+
+    with pytest.raises(ReplayError, match="routers did not run in the last forward"):
+        caught()
+    handle.remove()
+    assert left_behind(model) == []
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_router_that_sees_a_part_of_the_tokens_replays_its_slice(name: str, kind: Any) -> None:
-    """Each rank's routers get some of the hidden states of the batch: run one layer's block on them alone."""
+    """Each rank's routers get some of the hidden states of the batch: run the blocks on them alone."""
     model, tokens = build(name), random_tokens(2, 12)
     routes = random_routes(24, name)
     whole = align(traces_of(model, routes, tokens), tokens)
-    layer = FAMILIES[name].layers[0]
-    block, hidden = model.model.layers[layer].mlp, torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
-    seen = np.zeros((24, FAMILIES[name].top_k), np.int64)
+    blocks = [model.model.layers[layer].mlp for layer in FAMILIES[name].layers]
+    hidden = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+    seen = np.zeros_like(routes)
     for rank in range(3):
         mine = context_parallel(whole, rank, 3, kind)
         places = mine.sequence_N * 12 + mine.position_N
         with torch.no_grad(), experts_spy(model, name) as spy, replay(model, mine, on_shift="ignore"):
-            block(hidden.reshape(24, 32)[torch.from_numpy(places).long()].view(2, 4, 32))
-        seen[places] = spy.calls[0][0][0].numpy()
-    assert np.array_equal(seen, routes[:, 0])
+            for block in blocks:
+                block(hidden.reshape(24, 32)[torch.from_numpy(places).long()].view(2, 4, 32))
+        seen[places] = spy.last().permute(1, 0, 2).numpy()
+    assert np.array_equal(seen, routes)

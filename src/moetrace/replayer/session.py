@@ -75,8 +75,13 @@ class ReplaySession(RoutingSession):
 
     @property
     def forwards(self) -> int:
-        """How many forward passes were replayed so far."""
+        """How many whole forward passes were replayed so far."""
         return self._monitor.forwards
+
+    @property
+    def lacking(self) -> list[int]:
+        """Places, among the model's routers, of those that the last forward has not come to."""
+        return self._monitor.lacking
 
     def counts(self) -> ReplayCounts:
         """What was counted so far, as whole numbers that add up over sessions. Waits for the device.
@@ -173,6 +178,7 @@ def replay(
     session = ReplaySession(routes, on_shift)
     with tap.active(session):
         yield session
+    _require_all(session.lacking, tap)
     if session.forwards == 0:
         raise ReplayError(
             "nothing was replayed: the model did not run inside the context",
@@ -180,6 +186,17 @@ def replay(
             fix="Call the very model given to replay, or its data-parallel wrapper, not a copy of it.",
         )
     session.close()
+
+
+def _require_all(lacking: list[int], tap: ModelTap) -> None:
+    """Refuse a last forward to which some routers did not come: their layers ran live, or not at all."""
+    if lacking:
+        raise ReplayError(
+            f"{len(lacking)} of {len(tap.sites)} routers did not run in the last forward",
+            expected="a forward of the whole model, in which each router chooses once",
+            got=f"nothing from {', '.join(tap.sites[index].name for index in lacking)}",
+            fix="Something computes these layers without their routers, or the forward failed and was not tried again.",
+        )
 
 
 def _require_model(routes: AlignedRoutes, tap: ModelTap, name: str) -> None:
