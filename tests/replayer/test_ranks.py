@@ -68,6 +68,7 @@ def slow_take(routes: AlignedRoutes, chosen: list[int]) -> dict[str, list]:
         "mode_N": [mode for _, _, mode in tokens],
         "sequence_N": [sequence for sequence, _, _ in tokens],
         "position_N": [position for _, position, _ in tokens],
+        "tokens_N": [int(routes.tokens_N[n]) for n in chosen],  # type: ignore[index]
         "follows_N": follows,
     }
 
@@ -80,7 +81,7 @@ def assert_equal_to_slow(sliced: AlignedRoutes, routes: AlignedRoutes, chosen: l
 
 
 def assert_same(a: AlignedRoutes, b: AlignedRoutes) -> None:
-    for name in ("experts_LNK", "mode_N", "sequence_N", "position_N", "follows_N"):
+    for name in ("experts_LNK", "mode_N", "sequence_N", "position_N", "follows_N", "tokens_N"):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 

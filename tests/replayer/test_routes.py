@@ -111,7 +111,7 @@ def test_any_permutation_can_be_undone(given_routes: AlignedRoutes, random: Any)
     order = list(range(given_routes.num_tokens))
     random.shuffle(order)
     back = given_routes.take(order).take(np.argsort(order), shape=given_routes.shape)
-    for name in ("experts_LNK", "mode_N", "sequence_N", "position_N", "follows_N"):
+    for name in ("experts_LNK", "mode_N", "sequence_N", "position_N", "follows_N", "tokens_N"):
         assert np.array_equal(getattr(back, name), getattr(given_routes, name)), name
     assert back.shape == given_routes.shape
     assert given_routes.take([]).num_tokens == 0

@@ -1,9 +1,10 @@
-"""The shift alarm: when a replay is judged, and what is said of routes that fit better shifted by one token.
+"""The alarm: when a replay is judged, and what is said of routes that fit better shifted by one token.
 
 Reading counts makes the host wait for the device that holds them. Where that costs nothing, a replay is judged at the
 end of its context. Where it does (`defers`), the counts leave for the host behind the forward, and the end of the
 backward pass judges them: by then they have arrived long ago, or else the device has a backward pass to work on while
-the host waits. Both are before the optimizer's step.
+the host waits. Both are before the optimizer's step. Whether the model was called with the tokens that were aligned is
+judged in the same way; where it costs no wait, before the model computes anything.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch.autograd import Variable
 
 from moetrace.errors import ShiftedRoutesError
-from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.counts import Findings, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
 
 logger = logging.getLogger(__name__)
@@ -40,17 +41,29 @@ class ShiftAlarm:
         self._monitor, self._on_shift = monitor, on_shift
         self._awaited = False  # a backward pass that has not begun
         self._forwards = 0  # whose counts were sent
-        self._sent: Callable[[], ReplayCounts] | None = None  # and not judged
+        self._sent: Callable[[], Findings] | None = None  # and not judged
+
+    @property
+    def _looks(self) -> bool:
+        return self._on_shift != "ignore" or self._monitor.tokens.pending
+
+    def see_tokens(self, ids: torch.Tensor) -> None:
+        """Compare the ids of a forward with those that were aligned: now, or where that is to be deferred, as a shift.
+
+        Raises:
+            TokenMismatchError: some are others, which is known already.
+        """
+        self._monitor.tokens.compare(ids, later=defers(ids.device))
 
     def watch(self, tensor: torch.Tensor) -> None:
         """Judge at the end of the backward pass that brings this tensor its gradient, where that is to be deferred."""
-        if self._on_shift != "ignore" and defers(tensor.device):
+        if self._looks and defers(tensor.device):
             tensor.register_hook(self._on_gradient)
             self._awaited = True
 
     def close(self) -> None:
         """The context is over: judge, unless a backward pass is still to come. No synchronisation then."""
-        if self._on_shift != "ignore":
+        if self._looks:
             self._send()
             if not self._awaited:
                 self.judge()
@@ -71,22 +84,23 @@ class ShiftAlarm:
                 self._unjudged.detach()
             self._forwards = self._monitor.forwards
             self._sent = self._monitor.send()
-            self._unjudged: weakref.finalize = weakref.finalize(self, _report, self._sent)
+            self._unjudged: weakref.finalize = weakref.finalize(self, _report, self._sent, self._on_shift)
 
     def judge(self) -> None:
         """Judge what was sent, if nobody has yet. Waits for it to arrive.
 
         Raises:
+            TokenMismatchError: the model was called with other tokens than those that were aligned.
             ShiftedRoutesError: the routes are shifted, and `on_shift` is "error".
         """
         if self._sent is None:
             return
-        counts, self._sent = self._sent, None
+        sent, self._sent = self._sent, None
         self._unjudged.detach()
-        alarm = _alarm_of(counts().stats())
+        alarm = _alarm_of(sent().trusted().stats())
         if alarm is not None and self._on_shift == "error":
             raise alarm
-        if alarm is not None:
+        if alarm is not None and self._on_shift == "warn":
             logger.warning("%s", alarm)
 
 
@@ -101,7 +115,8 @@ def _alarm_of(stats: ReplayStats) -> ShiftedRoutesError | None:
     )
 
 
-def _report(counts: Callable[[], ReplayCounts]) -> None:
-    alarm = _alarm_of(counts().stats())
+def _report(sent: Callable[[], Findings], on_shift: OnShift) -> None:
+    found = sent()
+    alarm = found.other_tokens or (None if on_shift == "ignore" else _alarm_of(found.counts.stats()))
     if alarm is not None:
         logger.error("no backward pass came that would have raised this: %s", alarm)

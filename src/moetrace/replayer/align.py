@@ -87,6 +87,7 @@ def align(
         order="rank" if all(trace.order == "rank" for trace in traces) else "set",
         shape=batch.shape,
         margin=policy.margin,
+        tokens_N=tokens_N.astype(np.int64),  # a copy: the caller's may change
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from moetrace.errors import LayoutMismatchError
+from moetrace.errors import LayoutMismatchError, TokenMismatchError
 
 SHIFT_MARGIN = 0.05
 """Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
@@ -137,6 +137,25 @@ class ReplayCounts:
             supplied=_share(self.supplied_routers, seen),
             replaced=_share(self.replaced_routers, seen),
         )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a monitor has sent to the host.
+
+    Attributes:
+        counts: the counts.
+        other_tokens: what to raise where a model was called with other tokens than its routes are of.
+    """
+
+    counts: ReplayCounts
+    other_tokens: TokenMismatchError | None
+
+    def trusted(self) -> ReplayCounts:
+        """The counts, or `TokenMismatchError` where they are of other tokens."""
+        if self.other_tokens is not None:
+            raise self.other_tokens
+        return self.counts
 
 
 def _share(count: int, of: int) -> float:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from moetrace.replayer.counts import ReplayCounts, ReplayStats
+from moetrace.replayer.counts import Findings, ReplayCounts, ReplayStats
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.replayer.tokens import TokenCheck
 from moetrace.replayer.upload import RoutesUpload
 
 _MAX_PAIRS = 1 << 26
@@ -28,11 +29,15 @@ class OverlapMonitor:
 
     A layer costs one small copy while the forward runs; the counting waits until the forward is over, and is done for
     all layers at once.
+
+    Attributes:
+        tokens: whether the model is called with the tokens that were aligned; what it finds is sent with the counts.
     """
 
     def __init__(self, routes: AlignedRoutes, upload: RoutesUpload | None = None) -> None:
         self._routes = routes
         self._upload = upload or RoutesUpload(routes)
+        self.tokens = TokenCheck(routes, self._upload)
         self._forwards = 0
         self._live: dict[int, torch.Tensor] = {}
         self._used: dict[int, torch.Tensor] = {}
@@ -65,7 +70,7 @@ class OverlapMonitor:
             return
         self._forwards += 1
         layers = sorted(self._live)
-        given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
+        _, given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
         differs_N = torch.zeros_like(replayed_N)
         at_once = max(1, _MAX_PAIRS // max(given_LNK[0].numel() * given_LNK.shape[2], 1))
         for first in range(0, len(layers), at_once):
@@ -87,21 +92,25 @@ class OverlapMonitor:
 
     def counts(self) -> ReplayCounts:
         """Everything counted so far. Waits for the device, once."""
-        return self.send()()
+        return self.send()().counts
 
-    def send(self) -> Callable[[], ReplayCounts]:
+    def send(self) -> Callable[[], Findings]:
         """Send everything counted so far to the host; the result waits until it is there. No synchronisation here."""
         self._count()
         forwards, layers = self._forwards, range(self._routes.layout.num_layers)
         device = torch.device("cpu") if self._differs_N is None else self._differs_N.device
         nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64, device=device)
-        differing = nothing if self._differs_N is None else self._differs_N.sum().expand(len(nothing))
-        rows = [differing, *(self._counts.get(layer, nothing) for layer in layers)]
-        arrived = _to_host(torch.stack([row.to(device) for row in rows]))
-        return lambda: self._counts_of(arrived(), forwards)
+        differing = nothing[:1] if self._differs_N is None else self._differs_N.sum().expand(1)
+        parts = [differing, self.tokens.found(), *(self._counts.get(layer, nothing) for layer in layers)]
+        arrived = _to_host(torch.cat([part.to(device) for part in parts]))
+        return lambda: self._findings(arrived().tolist(), forwards)
 
-    def _counts_of(self, sent: torch.Tensor, forwards: int) -> ReplayCounts:
-        (differing_tokens, *_), *counts_L8 = sent.tolist()
+    def _findings(self, sent: list[int], forwards: int) -> Findings:
+        differing, count, first, *counts = sent
+        counts_L8 = [counts[start : start + _REPLACED + 1] for start in range(0, len(counts), _REPLACED + 1)]
+        return Findings(self._counts_of(differing, counts_L8, forwards), self.tokens.error_of([count, first]))
+
+    def _counts_of(self, differing_tokens: int, counts_L8: list[list[int]], forwards: int) -> ReplayCounts:
         total = [sum(column) for column in zip(*counts_L8, strict=True)]
         routes = self._routes
         replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())

@@ -45,6 +45,7 @@ class AlignedRoutes:
         order: "rank" when the K ids of every trace are best first.
         shape: (B, S) where the N tokens are a batch in memory order, or None where they are in another order.
         margin: a route is replayed only where the live router was closer to a tie than this (`ReplayPolicy`), or None.
+        tokens_N: `[N]` int64, the token ids that were aligned, padding included; None where nobody knows them.
     """
 
     experts_LNK: np.ndarray
@@ -56,6 +57,7 @@ class AlignedRoutes:
     order: Order
     shape: tuple[int, int] | None = None
     margin: float | None = None
+    tokens_N: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +115,7 @@ class AlignedRoutes:
             sequence_N=self.sequence_N[index_N],
             position_N=self.position_N[index_N],
             shape=shape,
+            tokens_N=None if self.tokens_N is None else self.tokens_N[index_N],
         )
 
     def sequence_first(self) -> AlignedRoutes:

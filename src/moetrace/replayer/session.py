@@ -5,7 +5,7 @@ Axes: L MoE layers, N tokens of the batch, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import add
@@ -23,6 +23,7 @@ from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
+from moetrace.replayer.tokens import placeholders_of, token_ids_of
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.trace import RoutingTrace
@@ -37,9 +38,9 @@ class ReplaySession(RoutingSession):
 
     supplies_routes = True
 
-    def __init__(self, routes: AlignedRoutes, on_shift: OnShift = "error") -> None:
+    def __init__(self, routes: AlignedRoutes, on_shift: OnShift = "error", placeholders: Collection[int] = ()) -> None:
         self.routes = routes
-        self._upload = RoutesUpload(routes)
+        self._upload = RoutesUpload(routes, placeholders)
         self._monitor = OverlapMonitor(routes, self._upload)
         self._alarm = ShiftAlarm(self._monitor, on_shift)
         self._live_somewhere = routes.margin is not None or routes.count(TokenMode.REPLAY) < routes.num_tokens
@@ -54,7 +55,7 @@ class ReplaySession(RoutingSession):
                 fix="Call the model with the very input_ids given to replay: no generation. For a rank that has a part "
                 "of the tokens, slice the aligned routes (moetrace.replayer.ranks).",
             )
-        experts_LNK, used_N, _ = self._upload.on(selection.live_NK.device)
+        _, experts_LNK, used_N, _ = self._upload.on(selection.live_NK.device)
         given_NK = experts_LNK[selection.site.index].long()
         if self.routes.margin is not None:
             used_N = used_N & (selection.margin_N() < self.routes.margin)
@@ -63,6 +64,10 @@ class ReplaySession(RoutingSession):
         if self._live_somewhere:
             given_NK = torch.where(used_N[:, None], given_NK, selection.live_NK)
         selection.indices_NK = given_NK
+
+    def on_tokens(self, ids: torch.Tensor) -> None:
+        """Compare what the model is called with to what was aligned; see `ShiftAlarm.see_tokens`."""
+        self._alarm.see_tokens(ids)
 
     def on_output(self, output: Any) -> None:
         for tensor in tree_leaves(output):
@@ -87,11 +92,12 @@ class ReplaySession(RoutingSession):
         """What was counted so far, as whole numbers that add up over sessions. Waits for the device.
 
         Raises:
+            TokenMismatchError: the model was called with other tokens than those that were aligned.
             ShiftedRoutesError: after the context, if a backward pass was to raise it and has not come yet.
         """
-        counts = self._monitor.counts()
+        found = self._monitor.send()()
         self._alarm.judge()
-        return counts
+        return found.trusted()
 
     def stats(self, group: dist.ProcessGroup | None = None) -> ReplayStats:
         """How the live router agreed with the replayed routes so far. Waits for the device.
@@ -102,14 +108,16 @@ class ReplaySession(RoutingSession):
                 `torch.distributed.group.WORLD`. None: this rank alone.
 
         Raises:
-            ShiftedRoutesError: as `counts`, of this rank.
+            TokenMismatchError, ShiftedRoutesError: as `counts`, of this rank.
         """
-        counts = self._monitor.counts()
+        found = self._monitor.send()()
+        counts = found.counts
         if group is not None:
             of_ranks: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(of_ranks, counts, group=group)
             counts = reduce(add, of_ranks)
         self._alarm.judge()  # when the other ranks have what they wait for
+        found.trusted()
         return counts.stats()
 
 
@@ -148,7 +156,8 @@ def replay(
         The session; `session.stats()` tells overlap and mismatch.
 
     Raises:
-        TraceError: the traces do not fit the tokens or the model, or rows are missing.
+        TraceError: the traces do not fit the tokens or the model, rows are missing, or the model is called with other
+            tokens (`TokenMismatchError`: on a GPU it comes when a shift is known, whatever `on_shift` says).
         ShiftedRoutesError: see `on_shift`.
         RouterError, ReplayError: the model cannot be replayed, or not as it was called.
     """
@@ -175,8 +184,8 @@ def replay(
             response_mask=response_mask,
         )
     _require_model(routes, tap, type(model).__name__)
-    session = ReplaySession(routes, on_shift)
-    with tap.active(session):
+    session = ReplaySession(routes, on_shift, placeholders_of(model))
+    with tap.active(session), token_ids_of(model, session.on_tokens):
         yield session
     _require_all(session.lacking, tap)
     if session.forwards == 0:

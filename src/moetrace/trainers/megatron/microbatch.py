@@ -123,7 +123,7 @@ class Microbatch:
                 got=live_NK.shape[1],
             )
         place = self._rows.places[router.layer]
-        experts_LNK, replayed_N, _ = self._upload.on(scores_NE.device)
+        _, experts_LNK, replayed_N, _ = self._upload.on(scores_NE.device)
         if not again:
             self._monitor.observe(place, self._to_batch(live_NK), replayed_N)
         given_NK = self._to_router(experts_LNK[place]).long()
