@@ -296,6 +296,53 @@ def test_many_short_sequences_are_judged_together() -> None:
 
 
 @SHIFTS
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_shifted_sequence_among_many_sound_ones_raises_the_alarm_and_is_named(
+    by: int, direction: str, packed: bool
+) -> None:
+    model, tokens = build("mixtral"), random_tokens(8, 33)
+    traces = recorded(model, tokens)
+    traces[5] = shifted(traces[5], by)
+    where: dict[str, Any] = {}
+    if packed:
+        tokens, where = tokens.reshape(1, -1), {"position_ids": torch.arange(33).repeat(8)[None]}
+        traces = recorded(model, tokens, **where)
+        traces[5] = shifted(traces[5], by)
+    with torch.no_grad(), replay(model, traces, input_ids=tokens, on_shift="ignore", **where) as session:
+        for _ in range(2):
+            model(tokens, **where)
+    stats = session.stats()
+    assert stats.shift_gain < 0
+    assert (stats.shifted, stats.shifted_sequences) == (True, 1)
+    counts = session.counts()
+    assert (counts + counts).stats().shifted_sequences == 2
+    named = f"of sequence 5 look shifted .* the row {direction} .* on 32 rows; so look sequences \\[5\\]"
+    with (
+        pytest.raises(ShiftedRoutesError, match=named),
+        torch.no_grad(),
+        replay(model, traces, input_ids=tokens, **where),
+    ):
+        model(tokens, **where)
+
+
+def test_gains_of_a_sequence_are_those_of_it_alone() -> None:
+    model, tokens = build("qwen3_moe"), random_tokens(3, 40)
+    traces = [shifted(trace, by) for trace, by in zip(recorded(model, tokens), (1, 0, -1), strict=True)]
+    routes = align(traces, tokens)
+    monitor = OverlapMonitor(routes)
+    live_TLK = np.concatenate([trace.experts_TLK for trace in recorded(model, tokens)]).astype(np.int64)
+    for layer in (1, 0):
+        monitor.observe(layer, torch.from_numpy(live_TLK[:, layer]), torch.ones(120, dtype=torch.bool))
+    given_TLK = np.concatenate([trace.experts_TLK for trace in traces]).tolist()
+    gains = [slow_gains(live_TLK.tolist(), given_TLK, list(range(40 * n + 1, 40 * n + 40))) for n in range(3)]
+    first, last = monitor.send()().shifted
+    assert (first.sequence, first.best_shift, first.neighbour_rows) == (0, "later", 39)
+    assert (last.sequence, last.best_shift, last.neighbour_rows) == (2, "earlier", 39)
+    assert first.gain == pytest.approx(gains[0]["later"], abs=1e-9)
+    assert last.gain == pytest.approx(gains[2]["earlier"], abs=1e-9)
+
+
+@SHIFTS
 def test_an_exception_in_the_body_is_not_hidden_by_the_alarm(by: int, direction: str) -> None:
     model, tokens = build("mixtral"), random_tokens(1, 64)
     traces = [shifted(trace, by) for trace in recorded(model, tokens)]

@@ -171,12 +171,15 @@ def test_an_upload_is_views_of_one_buffer_with_every_id_as_it_was(num_experts: i
         [RoutingTrace.build(ids_TLK, layout, [1, 2, 3, 4])], [[9, 1, 2, 3, 4]], attention_mask=[[0, *[1] * 4]]
     )
     upload = RoutesUpload(routes)
-    tokens_N, experts_LNK, replayed_N, follows_N = upload.on(torch.device("cpu"))
+    tokens_N, sequence_N, experts_LNK, replayed_N, follows_N = upload.on(torch.device("cpu"))
     assert tokens_N.tolist() == [-1, 1, 2, 3, 4]
+    assert sequence_N.tolist() == [0] * 5
     assert experts_LNK.tolist() == routes.experts_LNK.tolist()
     assert replayed_N.tolist() == [False, True, True, True, False]
     assert follows_N.tolist() == [False, False, True, True, False]
-    storages = {tensor.untyped_storage().data_ptr() for tensor in (tokens_N, experts_LNK, replayed_N, follows_N)}
+    storages = {
+        tensor.untyped_storage().data_ptr() for tensor in (tokens_N, sequence_N, experts_LNK, replayed_N, follows_N)
+    }
     assert len(storages) == 1
     assert upload.on(torch.device("cpu")).experts_LNK is experts_LNK
 

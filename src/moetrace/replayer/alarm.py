@@ -18,7 +18,7 @@ import torch
 from torch.autograd import Variable
 
 from moetrace.errors import ShiftedRoutesError
-from moetrace.replayer.counts import Findings, ReplayStats
+from moetrace.replayer.counts import Findings, looks_shifted
 from moetrace.replayer.monitor import OverlapMonitor
 
 logger = logging.getLogger(__name__)
@@ -97,26 +97,36 @@ class ShiftAlarm:
             return
         sent, self._sent = self._sent, None
         self._unjudged.detach()
-        alarm = _alarm_of(sent().trusted().stats())
+        found = sent()
+        found.trusted()
+        alarm = _alarm_of(found)
         if alarm is not None and self._on_shift == "error":
             raise alarm
         if alarm is not None and self._on_shift == "warn":
             logger.warning("%s", alarm)
 
 
-def _alarm_of(stats: ReplayStats) -> ShiftedRoutesError | None:
+def _alarm_of(found: Findings) -> ShiftedRoutesError | None:
+    """Of the whole batch; or where that hides it, of the sequence that gains most."""
+    stats = found.counts.stats()
     if not stats.shifted:
         return None
+    whose, shift, gain, where, more = "the routes", stats.best_shift, stats.shift_gain, "", ""
+    if not looks_shifted(stats.neighbour_rows, gain):
+        worst = max(found.shifted, key=lambda one: one.gain)
+        whose, shift, gain = f"the routes of sequence {worst.sequence}", worst.best_shift, worst.gain
+        where = " in the whole batch"
+        more = f" on {worst.neighbour_rows} rows; so look sequences {[one.sequence for one in found.shifted]}"
     return ShiftedRoutesError(
-        f"the routes look shifted by one token: the row {stats.best_shift} than each token's own fits better",
-        expected=f"highest overlap with the given rows (now {stats.overlap:.3f})",
-        got=f"{stats.shift_gain:+.3f} overlap when shifted",
+        f"{whose} look shifted by one token: the row {shift} than each token's own fits better",
+        expected=f"highest overlap with the given rows (now {stats.overlap:.3f}{where})",
+        got=f"{gain:+.3f} overlap when shifted{more}",
         fix="Row t must be the routing while token t was the input; check the producer with a known model.",
     )
 
 
 def _report(sent: Callable[[], Findings], on_shift: OnShift) -> None:
     found = sent()
-    alarm = found.other_tokens or (None if on_shift == "ignore" else _alarm_of(found.counts.stats()))
+    alarm = found.other_tokens or (None if on_shift == "ignore" else _alarm_of(found))
     if alarm is not None:
         logger.error("no backward pass came that would have raised this: %s", alarm)

@@ -32,6 +32,7 @@ class ReplayStats:
         best_shift: "earlier" or "later".
         supplied: share of (token, layer) pairs with a row to replay whose router got it; below 1 with a margin only.
         replaced: share of these pairs whose router got it and would have chosen another set: what the replay changed.
+        shifted_sequences: how many sequences fit clearly better when shifted, each judged by itself.
     """
 
     forwards: int
@@ -47,6 +48,7 @@ class ReplayStats:
     best_shift: str
     supplied: float
     replaced: float
+    shifted_sequences: int
 
     @property
     def coverage(self) -> float:
@@ -55,8 +57,13 @@ class ReplayStats:
 
     @property
     def shifted(self) -> bool:
-        """True when the routes fit the live router better shifted by one token than as given."""
-        return self.neighbour_rows >= SHIFT_MIN_ROWS and self.shift_gain > SHIFT_MARGIN
+        """Whether the routes, or those of one sequence, fit clearly better shifted by one token than as given."""
+        return looks_shifted(self.neighbour_rows, self.shift_gain) or self.shifted_sequences > 0
+
+
+def looks_shifted(neighbour_rows: int, gain: float) -> bool:
+    """Whether so many rows that gain so much overlap when shifted are beyond chance."""
+    return neighbour_rows >= SHIFT_MIN_ROWS and gain > SHIFT_MARGIN
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class ReplayCounts:
         later_gain: the same of earlier neighbours and the later row.
         supplied_routers: (token, layer) pairs of all forwards whose router got the row.
         replaced_routers: those of them whose live choice was another set.
+        shifted_sequences: sequences of each batch that, over all forwards, fit clearly better shifted by one token.
     """
 
     top_k: int
@@ -95,6 +103,7 @@ class ReplayCounts:
     later_gain: int
     supplied_routers: int
     replaced_routers: int
+    shifted_sequences: int
 
     def __add__(self, other: ReplayCounts) -> ReplayCounts:
         """The counts of both.
@@ -136,7 +145,25 @@ class ReplayCounts:
             best_shift=best,
             supplied=_share(self.supplied_routers, seen),
             replaced=_share(self.replaced_routers, seen),
+            shifted_sequences=self.shifted_sequences,
         )
+
+
+@dataclass(frozen=True)
+class SequenceShift:
+    """One sequence that fits better shifted by one token.
+
+    Attributes:
+        sequence: its number in the batch that was aligned.
+        neighbour_rows: adjacent rows of it on which it was judged.
+        gain: in overlap, as `ReplayStats.shift_gain`.
+        best_shift: "earlier" or "later".
+    """
+
+    sequence: int
+    neighbour_rows: int
+    gain: float
+    best_shift: str
 
 
 @dataclass(frozen=True)
@@ -145,10 +172,12 @@ class Findings:
 
     Attributes:
         counts: the counts.
+        shifted: sequences that look shifted by themselves.
         other_tokens: what to raise where a model was called with other tokens than its routes are of.
     """
 
     counts: ReplayCounts
+    shifted: tuple[SequenceShift, ...]
     other_tokens: TokenMismatchError | None
 
     def trusted(self) -> ReplayCounts:

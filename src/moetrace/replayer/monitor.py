@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from moetrace.replayer.counts import Findings, ReplayCounts, ReplayStats
+from moetrace.replayer.counts import Findings, ReplayCounts, ReplayStats, SequenceShift, looks_shifted
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.replayer.tokens import TokenCheck
 from moetrace.replayer.upload import RoutesUpload
@@ -43,6 +44,7 @@ class OverlapMonitor:
         self._used: dict[int, torch.Tensor] = {}
         self._counts: dict[int, torch.Tensor] = {}
         self._differs_N: torch.Tensor | None = None
+        self._gains_2N: torch.Tensor | None = None
 
     @property
     def forwards(self) -> int:
@@ -70,7 +72,7 @@ class OverlapMonitor:
             return
         self._forwards += 1
         layers = sorted(self._live)
-        _, given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
+        _, _, given_LNK, replayed_N, follows_N = self._upload.on(self._live[layers[0]].device)
         differs_N = torch.zeros_like(replayed_N)
         at_once = max(1, _MAX_PAIRS // max(given_LNK[0].numel() * given_LNK.shape[2], 1))
         for first in range(0, len(layers), at_once):
@@ -79,8 +81,11 @@ class OverlapMonitor:
                 torch.stack([kept[layer].to(given_LNK.device) for layer in some]) for kept in (self._live, self._used)
             )
             rows_LNK = torch.stack([given_LNK[layer] for layer in some])  # indexing by a list would wait for its copy
-            counts_L8, differ_N = _compare(live_LNK, rows_LNK.to(live_LNK.dtype), used_LN, replayed_N, follows_N)
+            counts_L8, differ_N, gains_2N = _compare(
+                live_LNK, rows_LNK.to(live_LNK.dtype), used_LN, replayed_N, follows_N
+            )
             differs_N |= differ_N
+            self._gains_2N = gains_2N if self._gains_2N is None else self._gains_2N + gains_2N.to(self._gains_2N.device)
             for layer, counts in zip(some, counts_L8, strict=True):
                 self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
         self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
@@ -101,16 +106,46 @@ class OverlapMonitor:
         device = torch.device("cpu") if self._differs_N is None else self._differs_N.device
         nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64, device=device)
         differing = nothing[:1] if self._differs_N is None else self._differs_N.sum().expand(1)
-        parts = [differing, self.tokens.found(), *(self._counts.get(layer, nothing) for layer in layers)]
+        rows = [self._counts.get(layer, nothing) for layer in layers]
+        parts = [differing, self.tokens.found(), *rows, self._gains_of_sequences().reshape(-1)]
         arrived = _to_host(torch.cat([part.to(device) for part in parts]))
         return lambda: self._findings(arrived().tolist(), forwards)
 
     def _findings(self, sent: list[int], forwards: int) -> Findings:
-        differing, count, first, *counts = sent
-        counts_L8 = [counts[start : start + _REPLACED + 1] for start in range(0, len(counts), _REPLACED + 1)]
-        return Findings(self._counts_of(differing, counts_L8, forwards), self.tokens.error_of([count, first]))
+        differing, count, first, *others = sent
+        width, layers = _REPLACED + 1, self._routes.layout.num_layers
+        counts_L8 = [others[start : start + width] for start in range(0, layers * width, width)]
+        shifted = self._shifted(others[layers * width :], forwards)
+        counts = self._counts_of(differing, counts_L8, forwards, len(shifted))
+        return Findings(counts, shifted, self.tokens.error_of([count, first]))
 
-    def _counts_of(self, differing_tokens: int, counts_L8: list[list[int]], forwards: int) -> ReplayCounts:
+    @property
+    def _num_sequences(self) -> int:
+        return int(self._routes.sequence_N.max(initial=0)) + 1
+
+    def _gains_of_sequences(self) -> torch.Tensor:
+        """`[2, sequences]`: what each would gain by earlier and by later rows, in ids. No synchronisation."""
+        gains_2N = self._gains_2N
+        if gains_2N is None:
+            return torch.zeros((2, self._num_sequences), dtype=torch.int64)
+        gains = torch.zeros((2, self._num_sequences), dtype=torch.int64, device=gains_2N.device)
+        return gains.index_add_(1, self._upload.on(gains_2N.device).sequence_N[1:], gains_2N)
+
+    def _shifted(self, gains: list[int], forwards: int) -> tuple[SequenceShift, ...]:
+        routes, sequences = self._routes, self._num_sequences
+        rows = np.bincount(routes.sequence_N[routes.follows_N], minlength=sequences).tolist()
+        ids = forwards * routes.layout.num_layers * routes.layout.top_k
+        found = [
+            SequenceShift(number, rows[number], gains[place * sequences + number] / (ids * rows[number]), shift)
+            for number in range(sequences)
+            if forwards and rows[number]
+            for place, shift in enumerate(("earlier", "later"))
+        ]
+        return tuple(one for one in found if looks_shifted(one.neighbour_rows, one.gain))
+
+    def _counts_of(
+        self, differing_tokens: int, counts_L8: list[list[int]], forwards: int, shifted_sequences: int
+    ) -> ReplayCounts:
         total = [sum(column) for column in zip(*counts_L8, strict=True)]
         routes = self._routes
         replayed, neighbours = routes.count(TokenMode.REPLAY), int(routes.follows_N.sum())
@@ -130,6 +165,7 @@ class OverlapMonitor:
             later_gain=total[_LATER] - total[_GIVEN_EARLIER],
             supplied_routers=total[_SUPPLIED],
             replaced_routers=total[_REPLACED],
+            shifted_sequences=shifted_sequences,
         )
 
 
@@ -155,25 +191,29 @@ def _compare(
     used_LN: torch.Tensor,
     replayed_N: torch.Tensor,
     follows_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[L, 8]` counts, and `[N]` bool: tokens that differ in any of these layers."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[L, 8]` counts; `[N]` bool, tokens that differ in any of these layers; `[2, N - 1]`, what each pair would gain."""
     hits_LN = _shared(live_LNK, given_LNK)
     same_LN = hits_LN == given_LNK.shape[2]
     pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence
+    given_later_LN, given_earlier_LN = hits_LN[:, 1:] * pair, hits_LN[:, :-1] * pair
+    earlier_LN = _shared(live_LNK[:, 1:], given_LNK[:, :-1]) * pair
+    later_LN = _shared(live_LNK[:, :-1], given_LNK[:, 1:]) * pair
     counts_L8 = torch.stack(
         [
             (hits_LN * replayed_N).sum(1),
             (same_LN & replayed_N).sum(1),
-            (hits_LN[:, 1:] * pair).sum(1),
-            (_shared(live_LNK[:, 1:], given_LNK[:, :-1]) * pair).sum(1),
-            (hits_LN[:, :-1] * pair).sum(1),
-            (_shared(live_LNK[:, :-1], given_LNK[:, 1:]) * pair).sum(1),
+            given_later_LN.sum(1),
+            earlier_LN.sum(1),
+            given_earlier_LN.sum(1),
+            later_LN.sum(1),
             used_LN.sum(1),
             (used_LN & ~same_LN).sum(1),
         ],
         1,
     )
-    return counts_L8, (~same_LN & replayed_N).any(0)
+    gains_2N = torch.stack([(earlier_LN - given_later_LN).sum(0), (later_LN - given_earlier_LN).sum(0)])
+    return counts_L8, (~same_LN & replayed_N).any(0), gains_2N
 
 
 def _shared(a_LNK: torch.Tensor, b_LNK: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,9 @@ class ReplaySession(RoutingSession):
                 fix="Call the model with the very input_ids given to replay: no generation. For a rank that has a part "
                 "of the tokens, slice the aligned routes (moetrace.replayer.ranks).",
             )
-        _, experts_LNK, used_N, _ = self._upload.on(selection.live_NK.device)
-        given_NK = experts_LNK[selection.site.index].long()
+        uploaded = self._upload.on(selection.live_NK.device)
+        used_N = uploaded.replayed_N
+        given_NK = uploaded.experts_LNK[selection.site.index].long()
         if self.routes.margin is not None:
             used_N = used_N & (selection.margin_N() < self.routes.margin)
         if not selection.recompute:

@@ -22,12 +22,14 @@ class UploadedRoutes(NamedTuple):
 
     Attributes:
         tokens_N: int64, `RoutesUpload.compared_N`; empty where that is None.
+        sequence_N: int32, the number of each token's sequence; 0 for padding.
         experts_LNK: uint8; int16 above 256 experts, int32 above 32768.
         replayed_N: bool, True for tokens of mode REPLAY.
         follows_N: bool, see `AlignedRoutes`.
     """
 
     tokens_N: torch.Tensor
+    sequence_N: torch.Tensor
     experts_LNK: torch.Tensor
     replayed_N: torch.Tensor
     follows_N: torch.Tensor
@@ -70,13 +72,16 @@ class RoutesUpload:
         if experts_LNK.itemsize > 1:  # torch computes little with unsigned integers of more than a byte
             experts_LNK = experts_LNK.astype(np.int16 if routes.layout.num_experts <= 1 << 15 else np.int32)
         tokens_N = np.zeros(0, np.int64) if self.compared_N is None else self.compared_N
-        parts = [tokens_N, experts_LNK, routes.mode_N == TokenMode.REPLAY, routes.follows_N]  # the widest items first
+        sequence_N = np.maximum(routes.sequence_N, 0).astype(np.int32)
+        replayed_N = routes.mode_N == TokenMode.REPLAY
+        parts = [tokens_N, sequence_N, experts_LNK, replayed_N, routes.follows_N]  # the widest items first
         sizes = [part.nbytes for part in parts]
         blob = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
         np.concatenate([part.reshape(-1).view(np.uint8) for part in parts], out=blob.numpy())
-        tokens, ids, replayed, follows = blob.to(device, non_blocking=True).split(sizes)
+        tokens, sequence, ids, replayed, follows = blob.to(device, non_blocking=True).split(sizes)
         return UploadedRoutes(
             tokens.view(torch.int64),
+            sequence.view(torch.int32),
             ids.view(_ID_TYPES[experts_LNK.itemsize]).view(experts_LNK.shape),
             replayed.view(torch.bool),
             follows.view(torch.bool),

@@ -123,10 +123,11 @@ class Microbatch:
                 got=live_NK.shape[1],
             )
         place = self._rows.places[router.layer]
-        _, experts_LNK, replayed_N, _ = self._upload.on(scores_NE.device)
+        uploaded = self._upload.on(scores_NE.device)
+        replayed_N = uploaded.replayed_N
         if not again:
             self._monitor.observe(place, self._to_batch(live_NK), replayed_N)
-        given_NK = self._to_router(experts_LNK[place]).long()
+        given_NK = self._to_router(uploaded.experts_LNK[place]).long()
         return (
             torch.where(self._to_router(replayed_N[:, None]), given_NK, live_NK) if self._live_somewhere else given_NK
         )
