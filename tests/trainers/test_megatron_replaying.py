@@ -24,6 +24,7 @@ from moetrace.errors import (
     ReplayError,
     RouterError,
     ShiftedRoutesError,
+    TokenMismatchError,
     UnsupportedRouterError,
 )
 from moetrace.layout import MoeLayout
@@ -463,3 +464,49 @@ def test_detaching_leaves_the_model_as_it_was() -> None:
     assert all(isinstance(replay, RouterReplay) for replay in own)
     assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()] == hooks
     assert torch.equal(mm.forward(model, tokens), before)
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_microbatch_of_other_tokens_is_refused(defer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm, "defers", lambda device: defer)
+    model, (tokens, routes) = mm.model(), batch(2, 12)
+    other = tokens.clone()
+    other[1, 7] = (other[1, 7] + 1) % mm.VOCAB
+
+    def run(ids: torch.Tensor) -> Any:
+        with replayer.microbatch(routes, on_shift="ignore") as microbatch:
+            mm.forward(model, ids).sum().backward() if not defer else losses.append(mm.forward(model, ids).sum())
+        return microbatch
+
+    losses: list[torch.Tensor] = []
+    with megatron.attach(model) as replayer:
+        assert run(tokens).stats().forwards == 1
+        if not defer:
+            with pytest.raises(TokenMismatchError, match="position 7 of sequence 1"):
+                run(other)
+        else:
+            microbatch = run(other)
+            with pytest.raises(TokenMismatchError, match="position 7 of sequence 1"):
+                losses[1].backward()
+            with pytest.raises(TokenMismatchError, match="position 7 of sequence 1"):
+                microbatch.stats()
+
+
+def test_a_forward_that_fails_and_is_tried_again_counts_once() -> None:
+    model, (tokens, routes) = mm.model(), batch(2, 12)
+    failures = [MemoryError]
+
+    def fail(*_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    with megatron.attach(model) as replayer:
+        with replayer.microbatch(routes, on_shift="ignore") as plain:
+            mm.forward(model, tokens)
+        handle = model.decoder.layers[-1].register_forward_pre_hook(fail)
+        with replayer.microbatch(routes, on_shift="ignore") as microbatch:
+            with pytest.raises(MemoryError):
+                mm.forward(model, tokens)
+            mm.forward(model, tokens)
+        handle.remove()
+    assert microbatch.counts() == plain.counts()

@@ -192,7 +192,7 @@ def _compare(
     replayed_N: torch.Tensor,
     follows_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`[L, 8]` counts; `[N]` bool, tokens that differ in any of these layers; `[2, N - 1]`, what each pair would gain."""
+    """`[L, 8]` counts; `[N]` bool, tokens that differ in some layer; `[2, N - 1]`, what each pair would gain."""
     hits_LN = _shared(live_LNK, given_LNK)
     same_LN = hits_LN == given_LNK.shape[2]
     pair = follows_N[1:]  # pair n: tokens n and n + 1 of one sequence

@@ -19,7 +19,7 @@ from moetrace.replayer.ranks import pipeline
 from moetrace.replayer.routes import TokenMode
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.trainers.megatron.routers import LocalRouter
-from moetrace.trainers.megatron.rows import RankRows
+from moetrace.trainers.megatron.rows import RankRows, sequence_ranks
 
 
 class Task(Protocol):
@@ -27,8 +27,8 @@ class Task(Protocol):
 
     forwards: int
 
-    def begin(self, routers: Sequence[LocalRouter]) -> None:
-        """A chunk with these routers is about to run."""
+    def begin(self, routers: Sequence[LocalRouter], ids: torch.Tensor | None) -> None:
+        """A chunk with these routers is about to run, called with these token ids, where it looks them up."""
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:
         """The ids that a router is to use; `again` in a recomputation."""
@@ -50,8 +50,8 @@ class Microbatch:
         self._rows: RankRows | None = None
         self._layers: tuple[int, ...] | None = None
 
-    def begin(self, routers: Sequence[LocalRouter]) -> None:
-        """Upload and count for the chunk that runs."""
+    def begin(self, routers: Sequence[LocalRouter], ids: torch.Tensor | None) -> None:
+        """Upload and count for the chunk that runs; compare the ids with those that were aligned."""
         layers = tuple(router.layer for router in routers)
         if self._layers is not None and self._layers != layers:
             raise ReplayError(
@@ -71,6 +71,9 @@ class Microbatch:
             self._alarm = ShiftAlarm(self._monitor, self._on_shift)
             self._live_somewhere = batch.count(TokenMode.REPLAY) < batch.num_tokens
         self._layers = layers
+        if self._rows and ids is not None:
+            rank, size = sequence_ranks(routers[0])
+            self._alarm.see_tokens(ids if size == 1 or ids.ndim != 2 else ids.tensor_split(size, dim=1)[rank])
 
     def watch(self, output: torch.Tensor) -> None:
         if self._rows:
@@ -87,13 +90,14 @@ class Microbatch:
         Whole numbers that add up over microbatches, and over ranks with the same layers.
 
         Raises:
+            TokenMismatchError: the chunk was called with other tokens than those that were aligned.
             ShiftedRoutesError: after the context, if a backward pass was to raise it and has not come yet.
         """
         if not self._rows or not self._monitor.forwards:
             return None
-        counts = self._monitor.counts()
+        found = self._monitor.send()()
         self._alarm.judge()
-        return counts
+        return found.trusted()
 
     def stats(self) -> ReplayStats | None:
         """How the live routers of this chunk agreed with the routes: `counts` as shares. Waits for the device."""

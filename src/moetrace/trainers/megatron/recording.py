@@ -28,7 +28,7 @@ class Recording:
         self._routers = routers
         self._ids: dict[int, torch.Tensor] = {}
 
-    def begin(self, routers: Sequence[LocalRouter]) -> None:
+    def begin(self, routers: Sequence[LocalRouter], ids: torch.Tensor | None) -> None:
         """Nothing to prepare."""
 
     def choose(self, router: LocalRouter, scores_NE: torch.Tensor, live_NK: torch.Tensor, again: bool) -> torch.Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -75,7 +76,7 @@ class Replayer:
         self._ports = [[_Port(self, router) for router in chunk] for chunk in routers.of_chunk]
         self._hooks = []
         for chunk, ports in zip(routers.chunks, self._ports, strict=True):
-            self._hooks.append(chunk.register_forward_pre_hook(partial(self._before_forward, ports)))
+            self._hooks.append(chunk.register_forward_pre_hook(partial(self._before_forward, ports), with_kwargs=True))
             self._hooks.append(chunk.register_forward_hook(partial(self._after_forward, ports)))
         for router, port in zip(routers.all, self._all_ports, strict=True):
             router.module.router_replay = port
@@ -100,6 +101,8 @@ class Replayer:
         Raises:
             LayoutMismatchError, InvalidTraceError: the routes do not fit the model, or are none.
             ReplayError: they are of another number of tokens, or no forward ran.
+            TokenMismatchError: a first stage is called with other tokens than those that were aligned, whatever
+                `on_shift` says; on a GPU it comes when a shift is known.
             ShiftedRoutesError: see `on_shift`.
         """
         microbatch = Microbatch(rows_of_rank(routes, self._routers), on_shift)
@@ -175,12 +178,12 @@ class Replayer:
                 fix="Call the very model that was attached, or what wraps it.",
             )
 
-    def _before_forward(self, ports: Sequence[_Port], *_: object) -> None:
+    def _before_forward(self, ports: Sequence[_Port], chunk: nn.Module, args: Any, kwargs: Any) -> None:
         for port in ports:
             _require_idle(port.router, port.replaced)
             port.asked = 0
         if self._running is not None:
-            self._running.begin([port.router for port in ports])
+            self._running.begin([port.router for port in ports], _ids_of(chunk, args, kwargs))
 
     def _after_forward(self, ports: Sequence[_Port], module: nn.Module, args: Any, output: Any) -> None:
         task = self._running
@@ -206,6 +209,17 @@ class Replayer:
                 expected="detach after the last backward pass",
             )
         self._backward = (torch._C._current_graph_task_id(), task)
+
+
+def _ids_of(chunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The token ids that a chunk is called with, where it looks them up: a first stage, given no embeddings."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    if not isinstance(chunk, GPTModel) or not chunk.pre_process:
+        return None
+    given = dict(zip(("input_ids", "position_ids", "attention_mask", "decoder_input"), args, strict=False)) | kwargs
+    ids = given.get("input_ids")
+    return ids if isinstance(ids, torch.Tensor) and given.get("decoder_input") is None else None
 
 
 def attach(model: nn.Module | Sequence[nn.Module]) -> Replayer:
