@@ -418,6 +418,42 @@ def test_a_checkpoint_made_by_hand_is_refused_not_recomputed_live(what: str, ree
     assert "gradient_checkpointing_enable" in str(refused.value)
 
 
+class OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint of nobody's library, as DeepSpeed and Unsloth have theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(hidden)
+        return function(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden)
+        torch.autograd.backward(output, grads)
+        return None, hidden.grad
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["alone", "within a followed one"])
+def test_a_checkpoint_that_is_a_function_of_its_own_is_refused(enabled: bool) -> None:
+    name = "qwen3_moe"
+    microbatch, model, plain = Microbatch(name, seed=1), build(name).train(), build(name).train()
+    if enabled:
+        enable(model, reentrant=True)
+    block = model.model.layers[1].mlp
+    own = block.forward
+    block.forward = lambda hidden: OwnCheckpoint.apply(own, hidden)
+    for each in (plain, model):
+        loss_of(each(microbatch.tokens, use_cache=False).logits).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))  # nothing is wrong without a replay
+    with pytest.raises(ReplayError, match=UNFOLLOWED) as refused, microbatch.replayed(model):
+        model(microbatch.tokens, use_cache=False)
+    assert "model.layers.1.mlp.gate" in str(refused.value)
+    assert "autograd.Function" in str(refused.value)
+
+
 @REENTRANT
 def test_a_checkpoint_by_hand_within_a_followed_one_is_refused_or_followed(reentrant: bool) -> None:
     name = "qwen3_moe"

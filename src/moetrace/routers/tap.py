@@ -25,7 +25,11 @@ from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
 
-_CHECKPOINT_MODULE = "torch.utils.checkpoint"
+_RECOMPUTING = {
+    "torch.utils.checkpoint": "torch.utils.checkpoint applied by other means",
+    "torch.autograd.function": "an autograd.Function around it, which may run it again in its backward",
+}
+"""Modules whose frames above a router say that it may run again unseen, and what this is called."""
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
 _CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
 _MARK = "_moetrace_tapped"
@@ -248,11 +252,12 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
     """A checkpoint that the tap does not follow would recompute with live routes, silently: refuse it."""
     frame = sys._getframe(1)
     while frame is not None and not (frame.f_code.co_name == "follow" and frame.f_globals is globals()):
-        if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
+        got = _RECOMPUTING.get(frame.f_globals.get("__name__", ""))
+        if got is not None:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
                 expected="model.gradient_checkpointing_enable(...) or checkpoint_wrapper, before the replay began",
-                got="torch.utils.checkpoint applied by other means",
+                got=got,
                 fix="Its recomputation would use live routes; enable checkpointing in one of these ways instead.",
             )
         frame = frame.f_back  # type: ignore[assignment]
