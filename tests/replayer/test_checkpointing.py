@@ -533,3 +533,44 @@ def test_a_tap_goes_from_a_checkpoint_wrapper_without_a_trace() -> None:
     before = [layer.checkpoint_fn for layer in model.model.layers]
     Microbatch("mixtral", seed=1).loss(model)
     assert all(layer.checkpoint_fn is own for layer, own in zip(model.model.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("outer", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("inner", ["reentrant", "non-reentrant"])
+def test_checkpoints_within_checkpoints_are_exact_and_counted_once(inner: str, outer: str) -> None:
+    name = "mixtral"
+    microbatch, model = Microbatch(name, seed=1), build(name).train()
+    enable(model, inner == "reentrant")
+    wrap_layers(model, outer == "reentrant")
+    model.enable_input_require_grads()
+    with microbatch.replayed(model) as session, record(model) as recording, counting_layers(model) as counts:
+        loss = loss_of(model(microbatch.tokens, use_cache=False).logits, seed=1)
+        stats, recorded = session.stats(), recording.experts_LNK
+        loss.backward()
+        assert session.stats() == stats
+        assert torch.equal(recording.experts_LNK, recorded)
+    assert stats.forwards == 1
+    assert min(counts) > 1
+    got = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in gradients_of(model).items()}
+    assert_same_gradients(got, expected_gradients(name, microbatch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("inner", ["reentrant", "non-reentrant"])
+def test_a_plain_forward_under_nested_checkpoints_stays_live_inside_a_replay(inner: str, outer: str) -> None:
+    name, tokens = "mixtral", random_tokens(2, 8, seed=9)
+    plain = build(name).train()
+    loss_of(plain(tokens, use_cache=False).logits).backward()
+    microbatch, model = Microbatch(name, seed=1), build(name).train()
+    enable(model, inner == "reentrant")
+    wrap_layers(model, outer == "reentrant")
+    model.enable_input_require_grads()
+    loss = loss_of(model(tokens, use_cache=False).logits)
+    with microbatch.replayed(model) as session:
+        with torch.no_grad():
+            model(microbatch.tokens, use_cache=False)
+        before = session.stats()
+        loss.backward()
+    assert session.stats() == before
+    got = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in gradients_of(model).items()}
+    assert_same_gradients(got, gradients_of(plain), rtol=1e-5, atol=1e-6)

@@ -119,17 +119,18 @@ class ModelTap:
 
         def tapped_forward(*args: Any, **kwargs: Any) -> Any:
             state = self._thread
-            if not state.sessions or (_in_backward() and not state.following):
-                return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
-            if any(session.supplies_routes for session in state.sessions):
+            sessions = _taking_part(state)
+            if not sessions:
+                return forward(*args, **kwargs)
+            if any(session.supplies_routes for session in sessions):
                 _refuse_unknown_checkpointing(site)
             if traits.in_turn and site.module.training:
                 _refuse_drawing(site)
-            mode = SelectionMode(site, state.sessions, state.recompute, traits.in_turn)
+            mode = SelectionMode(site, sessions, state.recompute, traits.in_turn)
             with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
-            return _shown(output, state)
+            return _shown(output, sessions, state)
 
         setattr(tapped_forward, _MARK, True)
         return tapped_forward
@@ -142,7 +143,7 @@ class ModelTap:
         """
 
         def checkpoint_with_sessions(function: Callable, *args: Any, **kwargs: Any) -> Any:
-            sessions = self._thread.sessions
+            sessions = _taking_part(self._thread)
             if not sessions:
                 return checkpoint(function, *args, **kwargs)
             passes = 0
@@ -150,10 +151,11 @@ class ModelTap:
             def follow(*inner_args: Any, **inner_kwargs: Any) -> Any:
                 nonlocal passes
                 passes += 1
-                with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
+                again = passes > 1 or self._thread.recompute  # its first pass may be part of another's second
+                with self.installed(again=True), self._thread.using(sessions, again, True):
                     return function(*inner_args, **inner_kwargs)
 
-            return _shown(checkpoint(follow, *args, **kwargs), self._thread)
+            return _shown(checkpoint(follow, *args, **kwargs), sessions, self._thread)
 
         return checkpoint_with_sessions
 
@@ -210,13 +212,21 @@ class _ThreadState(threading.local):
             self.sessions, self.recompute, self.following = before
 
 
-def _shown(output: Any, state: _ThreadState) -> Any:
+def _taking_part(state: _ThreadState) -> tuple[RoutingSession, ...]:
+    """The sessions of a forward that runs now: none in a recomputation that is not followed.
+
+    Its first pass ran without these sessions.
+    """
+    return () if _in_backward() and not state.following else state.sessions
+
+
+def _shown(output: Any, sessions: tuple[RoutingSession, ...], state: _ThreadState) -> Any:
     """The output of a router or a checkpoint, which the sessions have seen where a backward pass may come back to it.
 
     Within a reentrant checkpoint's first pass there is no graph: the checkpoint's own output is what belongs to one.
     """
     if torch.is_grad_enabled() and not state.recompute:
-        for session in state.sessions:
+        for session in sessions:
             session.on_output(output)
     return output
 
