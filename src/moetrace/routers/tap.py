@@ -24,6 +24,7 @@ from moetrace.errors import ReplayError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
+from moetrace.routers.sessions import ThreadSessions, taking_part
 
 _RECOMPUTING = {
     "torch.utils.checkpoint": "torch.utils.checkpoint applied by other means",
@@ -39,7 +40,7 @@ _ABSENT = object()
 class ModelTap:
     """The taps of one model's routers. Installed while at least one user holds it, and then gone without a trace.
 
-    Sessions are per thread and per model: two models, or two threads with one model, do not mix.
+    Sessions are per thread, per task of asyncio and per model: two models, or two threads with one model, do not mix.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +50,7 @@ class ModelTap:
         self._lock = threading.RLock()
         self._users = 0
         self._shadows: list[_Shadow] = []
-        self._thread = _ThreadState()
+        self._thread = ThreadSessions()
 
     @property
     def fingerprint(self) -> str:
@@ -88,8 +89,12 @@ class ModelTap:
 
     @contextmanager
     def active(self, *sessions: RoutingSession) -> Iterator[None]:
-        """Let sessions take part in this thread's forwards; install the taps if nobody has."""
-        with self.installed(), self._thread.using(self._thread.sessions + sessions, self._thread.recompute, False):
+        """Let sessions take part in this thread's forwards; install the taps if nobody has.
+
+        Raises:
+            ReplayError: one of the sessions supplies routes, and another one that began after it has not ended yet.
+        """
+        with self.installed(), self._thread.begun(sessions):
             yield
 
     def _prepare(self) -> None:
@@ -119,7 +124,7 @@ class ModelTap:
 
         def tapped_forward(*args: Any, **kwargs: Any) -> Any:
             state = self._thread
-            sessions = _taking_part(state)
+            sessions = taking_part(state)
             if not sessions:
                 return forward(*args, **kwargs)
             if any(session.supplies_routes for session in sessions):
@@ -143,7 +148,7 @@ class ModelTap:
         """
 
         def checkpoint_with_sessions(function: Callable, *args: Any, **kwargs: Any) -> Any:
-            sessions = _taking_part(self._thread)
+            sessions = taking_part(self._thread)
             if not sessions:
                 return checkpoint(function, *args, **kwargs)
             passes = 0
@@ -152,7 +157,7 @@ class ModelTap:
                 nonlocal passes
                 passes += 1
                 again = passes > 1 or self._thread.recompute  # its first pass may be part of another's second
-                with self.installed(again=True), self._thread.using(sessions, again, True):
+                with self.installed(again=True), self._thread.following(sessions, again):
                     return function(*inner_args, **inner_kwargs)
 
             return _shown(checkpoint(follow, *args, **kwargs), sessions, self._thread)
@@ -191,36 +196,7 @@ class _Shadow:
             vars(module)[self._name] = self._before
 
 
-class _ThreadState(threading.local):
-    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed.
-
-    No attribute is the class's: of a thread-local object torch.compile would read these (torch 2.11).
-    """
-
-    def __init__(self) -> None:
-        self.sessions: tuple[RoutingSession, ...] = ()
-        self.recompute = False
-        self.following = False
-
-    @contextmanager
-    def using(self, sessions: tuple[RoutingSession, ...], recompute: bool, following: bool) -> Iterator[None]:
-        before = self.sessions, self.recompute, self.following
-        self.sessions, self.recompute, self.following = sessions, recompute, following
-        try:
-            yield
-        finally:
-            self.sessions, self.recompute, self.following = before
-
-
-def _taking_part(state: _ThreadState) -> tuple[RoutingSession, ...]:
-    """The sessions of a forward that runs now: none in a recomputation that is not followed.
-
-    Its first pass ran without these sessions.
-    """
-    return () if _in_backward() and not state.following else state.sessions
-
-
-def _shown(output: Any, sessions: tuple[RoutingSession, ...], state: _ThreadState) -> Any:
+def _shown(output: Any, sessions: tuple[RoutingSession, ...], state: ThreadSessions) -> Any:
     """The output of a router or a checkpoint, which the sessions have seen where a backward pass may come back to it.
 
     Within a reentrant checkpoint's first pass there is no graph: the checkpoint's own output is what belongs to one.
@@ -229,11 +205,6 @@ def _shown(output: Any, sessions: tuple[RoutingSession, ...], state: _ThreadStat
         for session in sessions:
             session.on_output(output)
     return output
-
-
-def _in_backward() -> bool:
-    """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _checkpoint_attribute(module: nn.Module) -> str | None:
