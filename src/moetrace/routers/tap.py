@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetrace.errors import ReplayError, UnsupportedRouterError
+from moetrace.errors import ReplayError, RouterError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
@@ -33,7 +33,6 @@ _RECOMPUTING = {
 """Modules whose frames above a router say that it may run again unseen, and what this is called."""
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
 _CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
-_MARK = "_moetrace_tapped"
 _ABSENT = object()
 
 
@@ -101,7 +100,7 @@ class ModelTap:
         """Find what is to be replaced, in the model as it is now."""
         methods = [(site, traits_of(site.module).method) for site in self.sites]
         for site, method in methods:
-            if hasattr(vars(site.module).get(method), _MARK):
+            if isinstance(vars(site.module).get(method), _Tapped):
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
@@ -137,7 +136,6 @@ class ModelTap:
             mode.verify(output, returns_ids)
             return _shown(output, sessions, state)
 
-        setattr(tapped_forward, _MARK, True)
         return tapped_forward
 
     def _followed(self, checkpoint: Callable) -> Callable:
@@ -165,6 +163,26 @@ class ModelTap:
         return checkpoint_with_sessions
 
 
+class _Tapped:
+    """What a module has in place of its own function, and will not let a copy have, which would run the original by it.
+
+    A plain function would go into the copy as it is.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RouterError(
+            "a model cannot be copied or pickled while its routers are tapped: the copy would run the original's",
+            expected="a model that nothing records, replays or serves now",
+            fix="Copy it before or after; its state_dict can be copied at any time.",
+        )
+
+
 class _Shadow:
     """An attribute of one module that is replaced for a while, and then is what it was.
 
@@ -173,7 +191,7 @@ class _Shadow:
 
     def __init__(self, module: nn.Module, name: str, value: Callable) -> None:
         self._module = weakref.ref(module)  # a tap that is kept must not keep its model
-        self._name, self._value = name, value
+        self._name, self._value = name, _Tapped(value)
         self._before = vars(module).get(name, _ABSENT)
 
     def fits(self) -> bool:
