@@ -28,7 +28,7 @@ from moetrace.replayer import ReplayPolicy
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
 from moetrace.trainers.trl import ReplayConfig
-from moetrace.trainers.trl.metrics import Distance
+from moetrace.trainers.trl.metrics import Distance, shares
 from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 
 ROWS = {"policy": ReplayPolicy(rows=np.ones((2, 3), bool))}
@@ -176,10 +176,10 @@ def test_kl_and_extreme_tokens_are_those_of_the_formulas() -> None:
     )
     ratios = np.exp([-0.5, 1.5])  # trainer over rollout, where the rollout's is known
     accelerator = type("One", (), {"device": "cpu", "reduce": lambda self, sums, reduction: sums})()
-    summary = distance.summary(accelerator)
-    assert summary["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-6)
-    assert summary["extreme_tokens"] == 0.5
-    assert "router_mismatch" not in summary
+    found = shares(accelerator, distance.of_routes() | distance.of_logprobs())
+    assert found["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-6)
+    assert found["extreme_tokens"] == 0.5
+    assert "router_mismatch" not in found
 
 
 def test_a_policy_replays_the_rows_of_the_response_only(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ class RoutingReplay(_SomeTrainer):
             if self._in_loss:
                 distance = Distance(self.replay_config.tau)
                 distance.add_logprobs(rollouts, parts[-1][0], mask[:, -logits_to_keep:])
-                self._log(agreement_of(session.stats()) | distance.summary(self.accelerator))
+                self._log(shares(self.accelerator, agreement_of(session.counts()) | distance.of_logprobs()))
         return tuple(_joined(values) for values in zip(*parts, strict=True))
 
     @contextmanager
@@ -193,8 +193,8 @@ class RoutingReplay(_SomeTrainer):
                 for rollout, trace in zip(rollouts[rows], used, strict=True):
                     distance.routing += compare(rollout.trace, trace)
                 distance.add_logprobs(rollouts[rows], parts[0], mask[rows, -columns:])
-            summary = distance.summary(self.accelerator)
-            found |= {f"{name}/{key}": value for key, value in summary.items()}
+            sums = distance.of_routes() | distance.of_logprobs()
+            found |= {f"{name}/{key}": value for key, value in shares(self.accelerator, sums).items()}
         return found
 
     def _log(self, values: dict[str, float]) -> None:
