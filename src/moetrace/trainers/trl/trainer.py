@@ -97,7 +97,9 @@ class RoutingReplay(_SomeTrainer):
     def _generate(self, prompts: list) -> Any:
         self._rollouts = Rollouts()
         output = super()._generate(prompts)
-        self._replayed = self._rollouts.sequences
+        prompt_ids, completion_ids, *_ = output
+        whole = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        self._replayed = self._rollouts.joined(whole)
         return output
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Any:
