@@ -279,7 +279,7 @@ async def ending(client: Client, server: subprocess.Popen[bytes]) -> None:
     server.send_signal(signal.SIGTERM)
     await asyncio.gather(*running)
     code = await asyncio.to_thread(server.wait, 30)
-    if code not in (0, -signal.SIGTERM):
+    if code != 0:
         client.ledger.fault(f"the server ended with code {code}")
 
 

@@ -126,6 +126,24 @@ def test_values_are_checked_before_anything_is_sent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", [1]),
+        ("stop", 1),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", 5),
+        ("stop_sequences", [1]),
+        ("stop_sequences", [["a"]]),
+        ("skip_special_tokens", "no"),
+    ],
+)
+def test_elements_are_checked_too(name: str, value: Any) -> None:
+    with refused(RequestError, f"{name} has a wrong type", got=str(value)):
+        parameters_of({name: value})
+
+
+@pytest.mark.parametrize(
     ("inputs", "is_batch", "prompts"),
     [
         ("text", False, ["text"]),

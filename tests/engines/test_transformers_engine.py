@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from typing import Any
 
@@ -17,7 +19,7 @@ import moetrace
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
-from moetrace.errors import CaptureOffError, EngineError, NotMoeError, RequestError
+from moetrace.errors import CaptureOffError, EngineError, NotMoeError, RequestError, WeightsError
 from moetrace.recorder import StepSlots
 from moetrace.routers import find_routers
 from moetrace.trace import RoutingTrace, WeightSpan
@@ -402,6 +404,26 @@ def test_a_dense_model_with_capture_is_refused_before_its_weights_load(tmp_path,
 def test_an_unknown_model_path_is_refused() -> None:
     with pytest.raises(EngineError, match=r"no model at '\./nowhere'.*no such folder"):
         TransformersEngine.load("./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "message"),
+    [
+        ("model.safetensors", b"\x08\x00\x00\x00", "cannot load the model"),
+        ("config.json", None, "cannot read the model"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_our_words(tmp_path, file, data, message) -> None:
+    """A copy that was interrupted, and a number of layers that is none."""
+    folder = shutil.copytree(TINY, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": "five"}
+    (folder / file).write_bytes(data or json.dumps(config).encode())
+    with pytest.raises(EngineError, match=message):
+        TransformersEngine.load(str(folder))
+    engine = TransformersEngine.load(TINY)
+    with pytest.raises(WeightsError, match="the old ones stay"):
+        engine.update_weights(str(folder), "1")
+    engine.close()
 
 
 @pytest.mark.parametrize(("knob", "value"), [("device", "tpu9"), ("max_model_len", 5000)])

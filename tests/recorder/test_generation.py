@@ -11,7 +11,7 @@ import torch
 from asking import DYE
 from transformers import GenerationConfig, LogitsProcessorList, TopKLogitsWarper
 
-from moetrace.errors import RouterError
+from moetrace.errors import RouterError, TokenMismatchError
 from moetrace.recorder.generation import record_generation
 
 PROMPTS, OUTPUTS = [[5, 6, 7], [1, 2, 3]], [[8, 9, 10, 11], [4, 5, 6, 7]]
@@ -80,3 +80,39 @@ def test_a_generate_that_failed_has_no_traces(model: Any) -> None:
         model.generate(IDS, generation_config=GenerationConfig(max_new_tokens=-1))
     with pytest.raises(RouterError, match="nothing was generated"):
         recording.traces(PROMPTS, OUTPUTS)
+
+
+PAD = 0
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    """A prompt of two tokens and one of three."""
+    ids, seen = ([5, 6, PAD], [1, 1, 0]) if side == "right" else ([PAD, 5, 6], [0, 1, 1])
+    return {"input_ids": torch.tensor([ids, PROMPTS[1]]), "attention_mask": torch.tensor([seen, [1, 1, 1]])}
+
+
+def test_prompts_padded_on_the_left_have_the_rows_of_their_own_tokens(model: Any) -> None:
+    given = padded("left")
+    with record_generation(model) as recording:
+        output = model.generate(generation_config=CONFIG, **given)
+    given["input_ids"].fill_(PAD)  # a caller's buffer, used again
+    outputs = output[:, 3:].tolist()
+    prompts = [[5, 6], PROMPTS[1]]
+    for trace, prompt, out in zip(recording.traces(prompts, outputs), prompts, outputs, strict=True):
+        np.testing.assert_array_equal(trace.experts_TLK, DYE.routes([*prompt, *out][:-1]))
+
+
+@pytest.mark.parametrize(
+    ("side", "prompts", "row"),
+    [
+        ("right", [[5, 6], PROMPTS[1]], 0),
+        ("left", [[5, 6], [1, 2, 4]], 1),
+        ("left", [[5, 6], [9, *PROMPTS[1]]], 1),
+    ],
+    ids=["padding on the right", "another prompt", "a longer one"],
+)
+def test_prompts_that_no_row_ends_with_are_refused(model: Any, side: str, prompts: list[list[int]], row: int) -> None:
+    with record_generation(model) as recording:
+        output = model.generate(generation_config=CONFIG, **padded(side))
+    with pytest.raises(TokenMismatchError, match=rf"prompt {row} is not the end .* Pad prompts on the left"):
+        recording.traces(prompts, output[:, 3:].tolist())

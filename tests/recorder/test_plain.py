@@ -312,6 +312,21 @@ def test_a_recording_under_replay_keeps_the_ids_that_were_used(name: str, outer:
     assert left_behind(model) == []
 
 
+@pytest.mark.parametrize("order", ["rank", "set"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_recording_under_replay_claims_no_rank_that_the_routes_do_not_have(name: str, order: str) -> None:
+    """Ids of a set ascend; the live router's would have come best first."""
+    model, tokens = build(name), random_tokens(2, 10)
+    traces = traces_of(model, random_routes(20, name), tokens)
+    if order == "set":
+        traces = [trace.as_set() for trace in traces]
+    with torch.no_grad(), replay(model, traces, input_ids=tokens, on_shift="ignore"), record(model) as recording:
+        model(tokens)
+    for used, given in zip(recording.traces(tokens), traces, strict=True):
+        assert np.array_equal(used.experts_TLK, given.experts_TLK)
+        assert used.order == ("rank" if order == FAMILIES[name].order == "rank" else "set")
+
+
 @pytest.mark.parametrize("outer", ["whole model", "decoder"])
 def test_recording_the_decoder_of_a_replayed_model_keeps_the_ids_that_were_used_or_is_refused(outer: str) -> None:
     model, tokens = build("qwen3_moe"), random_tokens(1, 10)

@@ -418,6 +418,42 @@ def test_a_checkpoint_made_by_hand_is_refused_not_recomputed_live(what: str, ree
     assert "gradient_checkpointing_enable" in str(refused.value)
 
 
+class OwnCheckpoint(torch.autograd.Function):
+    """A checkpoint of nobody's library, as DeepSpeed and Unsloth have theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(hidden)
+        return function(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden)
+        torch.autograd.backward(output, grads)
+        return None, hidden.grad
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["alone", "within a followed one"])
+def test_a_checkpoint_that_is_a_function_of_its_own_is_refused(enabled: bool) -> None:
+    name = "qwen3_moe"
+    microbatch, model, plain = Microbatch(name, seed=1), build(name).train(), build(name).train()
+    if enabled:
+        enable(model, reentrant=True)
+    block = model.model.layers[1].mlp
+    own = block.forward
+    block.forward = lambda hidden: OwnCheckpoint.apply(own, hidden)
+    for each in (plain, model):
+        loss_of(each(microbatch.tokens, use_cache=False).logits).backward()
+    assert_same_gradients(gradients_of(model), gradients_of(plain))  # nothing is wrong without a replay
+    with pytest.raises(ReplayError, match=UNFOLLOWED) as refused, microbatch.replayed(model):
+        model(microbatch.tokens, use_cache=False)
+    assert "model.layers.1.mlp.gate" in str(refused.value)
+    assert "autograd.Function" in str(refused.value)
+
+
 @REENTRANT
 def test_a_checkpoint_by_hand_within_a_followed_one_is_refused_or_followed(reentrant: bool) -> None:
     name = "qwen3_moe"
@@ -497,3 +533,44 @@ def test_a_tap_goes_from_a_checkpoint_wrapper_without_a_trace() -> None:
     before = [layer.checkpoint_fn for layer in model.model.layers]
     Microbatch("mixtral", seed=1).loss(model)
     assert all(layer.checkpoint_fn is own for layer, own in zip(model.model.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("outer", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("inner", ["reentrant", "non-reentrant"])
+def test_checkpoints_within_checkpoints_are_exact_and_counted_once(inner: str, outer: str) -> None:
+    name = "mixtral"
+    microbatch, model = Microbatch(name, seed=1), build(name).train()
+    enable(model, inner == "reentrant")
+    wrap_layers(model, outer == "reentrant")
+    model.enable_input_require_grads()
+    with microbatch.replayed(model) as session, record(model) as recording, counting_layers(model) as counts:
+        loss = loss_of(model(microbatch.tokens, use_cache=False).logits, seed=1)
+        stats, recorded = session.stats(), recording.experts_LNK
+        loss.backward()
+        assert session.stats() == stats
+        assert torch.equal(recording.experts_LNK, recorded)
+    assert stats.forwards == 1
+    assert min(counts) > 1
+    got = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in gradients_of(model).items()}
+    assert_same_gradients(got, expected_gradients(name, microbatch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("inner", ["reentrant", "non-reentrant"])
+def test_a_plain_forward_under_nested_checkpoints_stays_live_inside_a_replay(inner: str, outer: str) -> None:
+    name, tokens = "mixtral", random_tokens(2, 8, seed=9)
+    plain = build(name).train()
+    loss_of(plain(tokens, use_cache=False).logits).backward()
+    microbatch, model = Microbatch(name, seed=1), build(name).train()
+    enable(model, inner == "reentrant")
+    wrap_layers(model, outer == "reentrant")
+    model.enable_input_require_grads()
+    loss = loss_of(model(tokens, use_cache=False).logits)
+    with microbatch.replayed(model) as session:
+        with torch.no_grad():
+            model(microbatch.tokens, use_cache=False)
+        before = session.stats()
+        loss.backward()
+    assert session.stats() == before
+    got = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in gradients_of(model).items()}
+    assert_same_gradients(got, gradients_of(plain), rtol=1e-5, atol=1e-6)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from traces import refused
 
 from moetrace.errors import RequestError, RolloutError
+from moetrace.rollout.config import RolloutConfig
 from moetrace.rollout.prompts import PromptFile, PromptLine
 
 
@@ -49,6 +51,8 @@ def test_lines_have_text_or_ids_names_and_parameters_of_their_own(tmp_path: Path
         ('{"inputs": "a", "parameters": {"top_q": 1}}', "has parameters that cannot be served"),
         ('{"inputs": "a", "parameters": {"n": 0}}', "has parameters that cannot be served"),
         ('{"inputs": "a", "parameters": {"n": "1"}}', "has parameters that cannot be served"),
+        ('{"inputs": "a", "parameters": {"stop_sequences": [1]}}', "has parameters that cannot be served"),
+        ('{"inputs": "a", "parameters": {"skip_special_tokens": "no"}}', "has parameters that cannot be served"),
         ('{"inputs": "a", "id": "0"}', "has the id of another"),
     ],
 )
@@ -64,3 +68,11 @@ def test_a_file_without_prompts_and_a_rollout_with_wrong_parameters(tmp_path: Pa
         PromptFile.read(tmp_path / "prompts.jsonl", {"temperature": 0})
     with pytest.raises(FileNotFoundError):
         PromptFile.read(tmp_path / "nothing", {})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name"), [({"codec": "foo"}, "codec"), ({"timeout": float("nan")}, "timeout"), ({"limit": 0}, "limit")]
+)
+def test_knobs_are_checked_before_a_folder_is_begun(knobs: dict[str, Any], name: str) -> None:
+    with pytest.raises(RolloutError, match=f"^{name} is "):
+        RolloutConfig(**knobs)

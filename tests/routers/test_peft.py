@@ -10,6 +10,7 @@ from families import build, experts_spy, random_routes, random_tokens, traces_of
 from peft import LoraConfig, get_peft_model
 
 from moetrace import record, replay
+from moetrace.errors import UnsupportedRouterError
 from moetrace.routers import fingerprint_of, layout_of
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
@@ -60,3 +61,21 @@ def test_under_lora_on_attention_the_experts_receive_the_replayed_ids() -> None:
     with torch.no_grad(), replaying, experts_spy(base, "mixtral") as spy:
         model(input_ids=tokens, use_cache=False)
     assert spy.last().permute(1, 0, 2).tolist() == routes.tolist()
+
+
+@pytest.mark.parametrize("what", ["mlp.gate", "mlp"])
+def test_routers_of_which_peft_trains_copies_are_refused_by_name(what: str) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[what])
+    model: Any = get_peft_model(build("mixtral"), config)
+    for attempt in (layout_of, lambda model: record(model).__enter__()):
+        with pytest.raises(UnsupportedRouterError, match="PEFT's modules_to_save trains a copy") as refused:
+            attempt(model)
+        assert f"layers.0.{what}" in str(refused.value)
+
+
+def test_a_copy_of_something_else_that_peft_trains_is_no_obstacle() -> None:
+    base = build("mixtral")
+    layout = layout_of(base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = get_peft_model(base, config)
+    assert layout_of(model) == layout

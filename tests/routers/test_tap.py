@@ -5,6 +5,8 @@ The formulas live in `families.py`, in float64, with their sources.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from contextlib import AbstractContextManager
 from types import MethodType
@@ -31,7 +33,7 @@ from families import (
 from torch import nn
 
 from moetrace import record, replay
-from moetrace.errors import UnsupportedRouterError
+from moetrace.errors import RouterError, UnsupportedRouterError
 from moetrace.routers import RoutingSession, Selection, fingerprint_of, tap_model
 
 
@@ -397,6 +399,31 @@ def test_a_checkpointed_model_gets_its_own_checkpoint_function_back(reentrant: b
     loss.backward()
     assert [layer._gradient_checkpointing_func for layer in layers] == before
     assert left_behind(model) == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("what", ["model", "router", "checkpoint of a layer"])
+def test_a_model_is_not_copied_while_it_is_tapped(what: str, copied: Any) -> None:
+    """The copy would keep the taps, and its routers' weights would be those of the original for ever."""
+    model, tokens = build("mixtral"), random_tokens(1, 5)
+    if what == "checkpoint of a layer":
+        model.gradient_checkpointing_enable()
+
+    def part() -> Any:
+        layer = model.model.layers[1]
+        return {"model": model, "router": layer.mlp.gate}.get(what) or layer._gradient_checkpointing_func
+
+    with record(model), pytest.raises(RouterError, match="cannot be copied or pickled while"):
+        copied(part())
+    assert copied(part())
+    again = copy.deepcopy(model)
+    assert left_behind(again) == []
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.mul_(1.5)
+        expected = build("mixtral")
+        expected.load_state_dict(again.state_dict())
+        assert torch.equal(again(tokens).logits, expected(tokens).logits)
 
 
 @pytest.mark.parametrize("where", ["body", "experts", "router"])

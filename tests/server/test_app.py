@@ -16,12 +16,17 @@ import numpy as np
 import pytest
 from dye import Dye
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from moetrace.dialects import from_lightllm
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app, generation
+from moetrace.server.lifecycle import AbortRequest
+from moetrace.server.openai.schemas import ChatRequest, CompletionRequest
+from moetrace.server.schemas import GenerateRequest
+from moetrace.server.sglang.schemas import SGLangRequest
 
 DYE = Dye(vocab=260)  # the tiny model's tokenizer: token id = byte
 
@@ -124,6 +129,33 @@ def test_concurrent_clients_get_their_own_rows(client: TestClient) -> None:
         np.testing.assert_array_equal(trace.experts_TLK, DYE.routes(tokens[:-1]))
 
 
+def test_a_body_without_its_type_is_told_so(client: TestClient) -> None:
+    response = client.post("/generate", content=b'{"inputs": "A"}')
+    assert response.status_code == 422
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (GenerateRequest, {"inputs": [*[5] * 20_000, "x"]}),
+        (GenerateRequest, {"inputs": [[*[5] * 20_000, "x"]]}),
+        (GenerateRequest, {"inputs": [*["a"] * 20_000, 5]}),
+        (GenerateRequest, {"inputs": "a", "parameters": {"stop_sequences": [5] * 20_000}}),
+        (SGLangRequest, {"input_ids": [*[5] * 20_000, "x"]}),
+        (SGLangRequest, {"text": [5] * 20_000}),
+        (CompletionRequest, {"model": "m", "prompt": [*[5] * 20_000, "x"]}),
+        (ChatRequest, {"model": "m", "messages": [5] * 20_000}),
+        (AbortRequest, {"request_ids": [5] * 20_000}),
+    ],
+)
+def test_a_long_list_with_wrong_elements_is_not_answered_element_by_element(schema: Any, body: Any) -> None:
+    """An error for each would take a hundred times the memory of the list, and the event loop with it."""
+    with pytest.raises(ValidationError) as caught:
+        schema.model_validate(body)
+    assert caught.value.error_count() <= 6
+
+
 def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestClient) -> None:
     response = generate(client, "A", max_new_tokens=1, repetition_penalty=1.0, seed=-1, allowed_token_ids=None)
     assert response["generated_text"] == ["B"]
@@ -133,7 +165,8 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
     ("body", "status", "expected"),
     [
         (b"{", 422, "not JSON: expected a JSON object"),
-        (b"\xff", 400, "cannot be served"),
+        (b"\xff", 422, "not JSON: expected a JSON object"),
+        (b"[" * 100_000, 422, "not JSON: expected a JSON object"),
         (b"[]", 422, "the request body is wrong"),
         (b"{}", 422, "inputs is wrong: expected Field required"),
         (b'{"inputs": 3}', 422, "expected text, or a list of token ids, or a list of either, got 3"),

@@ -167,9 +167,10 @@ def test_a_bug_is_a_500_in_the_form_of_every_error(engine, monkeypatch) -> None:
         raise KeyError("x")
 
     monkeypatch.setattr(generation, "encode_responses", fail)
-    response = client_of(engine).post("/generate", json=body_of())
+    response = client_of(engine).post("/generate", json=body_of(), headers={"X-Request-Id": "mine"})
     assert response.status_code == 500
     assert response.json()["error"]["got"] == "KeyError"
+    assert response.headers["X-Request-Id"] == "mine"  # else clients take it for a gateway's, and generate again
 
 
 def samples(client: TestClient) -> dict[str, float]:

@@ -44,7 +44,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://localhost:{port}"
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) in (0, -signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
 
 
 def test_the_documented_client_prints_an_LTK_shape_with_either_spelling_of_the_flag(url: str) -> None:
@@ -79,7 +79,7 @@ def test_a_signal_ends_the_server_after_its_requests_are_answered() -> None:
             server.send_signal(signal.SIGTERM)
             assert waiting.result().json()["finish_reason"] == "abort"
         log = server.communicate(timeout=30)[1]
-        assert server.returncode in (0, -signal.SIGTERM)
+        assert server.returncode == 0
         assert "0.0.0.0 is open to other machines and needs no key" in log
         assert '"path": "/generate", "status": 200' in log
     finally:

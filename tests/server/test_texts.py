@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrace.engines.requests import FinishReason, GenerateResult
-from moetrace.server.texts import ShownText, ended_by, shown_text
+from moetrace.server.texts import ShownText, TextStream, ended_by, shown_text
 
 PIECES = ["a", "b", "ab", "aba", "bb", "", "c"]
 
@@ -61,6 +61,22 @@ def test_what_is_shown_ends_where_the_first_stop_text_begins(tokens: list[int], 
     assert shown.length == len(text)
     starts = ["".join(PIECES[token] for token in tokens[:number]) for number in range(count)]
     assert shown.offsets == [len(start) for start in starts]
+
+
+class Sentences(Words):
+    """As Llama's: a word begins with its space, which the first word of a text loses."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        words = "".join(
+            " the cat"[4 * (token % 2) :][:4] for token in token_ids if not (skip_special_tokens and token == 6)
+        )
+        return words.removeprefix(" ")
+
+
+@pytest.mark.parametrize("tokens", [[0, 6, 1], [6, 0, 1], [0, 6, 6, 6, 1, 0], [6], [0, 1]])
+def test_a_special_token_takes_no_space_with_it(tokens: list[int]) -> None:
+    stream = TextStream(Sentences(), True)
+    assert "".join(map(stream.add, tokens)) + stream.rest() == Sentences().decode(tokens, skip_special_tokens=True)
 
 
 def test_only_what_may_begin_a_stop_text_is_held_back() -> None:

@@ -28,7 +28,7 @@ from moetrace.replayer import ReplayPolicy
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
 from moetrace.trainers.trl import ReplayConfig
-from moetrace.trainers.trl.metrics import Distance
+from moetrace.trainers.trl.metrics import Distance, shares
 from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 
 ROWS = {"policy": ReplayPolicy(rows=np.ones((2, 3), bool))}
@@ -176,10 +176,10 @@ def test_kl_and_extreme_tokens_are_those_of_the_formulas() -> None:
     )
     ratios = np.exp([-0.5, 1.5])  # trainer over rollout, where the rollout's is known
     accelerator = type("One", (), {"device": "cpu", "reduce": lambda self, sums, reduction: sums})()
-    summary = distance.summary(accelerator)
-    assert summary["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-6)
-    assert summary["extreme_tokens"] == 0.5
-    assert "router_mismatch" not in summary
+    found = shares(accelerator, distance.of_routes() | distance.of_logprobs())
+    assert found["kl"] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-6)
+    assert found["extreme_tokens"] == 0.5
+    assert "router_mismatch" not in found
 
 
 def test_a_policy_replays_the_rows_of_the_response_only(tmp_path: Path) -> None:
@@ -263,7 +263,8 @@ def test_tokens_of_an_environment_are_not_the_response(tmp_path: Path) -> None:
     with watching(trainer.model) as forwards:
         trainer.train()
     assert_replayed(forwards[-1], made)
-    for rollout in trainer._rollouts.sequences:
+    (turn,) = trainer._rollouts._turns
+    for rollout in turn:
         others = [False] * (len(rollout.drawn) - 1)
         assert rollout.drawn.tolist() == [True, *others]
         assert np.isnan(rollout.logprobs).tolist() == [False, *(not other for other in others)]
@@ -333,14 +334,14 @@ def test_a_later_turn_keeps_the_rows_that_tokens_were_drawn_from() -> None:
     rollouts = Rollouts()
     rollouts.add([turn([1, 2, 3], 2, 0), turn([1, 2, 4, 5], 2, 1), turn([1, 2, 3], 2, 2)])
     rollouts.add([turn([1, 2, 4, 5, 9, 9, 6], 6, 3), turn([1, 2, 3, 9, 7], 4, 4), turn([1, 2, 3, 8], 3, 5)])
-    first, second, third = rollouts.sequences
+    first, second, third = rollouts.joined([[1, 2, 3, 9, 7], [1, 2, 4, 5, 9, 9, 6], [1, 2, 3, 8]])
     assert first.trace.experts_TLK[:, 0, 0].tolist() == [0, 0, 4, 4]
     assert first.logprobs.tolist()[:1] == [0]
     assert np.isnan(first.logprobs[1])
     assert first.logprobs[2] == -4
     assert second.trace.experts_TLK[:, 0, 0].tolist() == [1, 1, 1, 3, 3, 3]
     assert np.isnan(second.logprobs).tolist() == [False, False, True, True, False]
-    assert third.trace.experts_TLK[:, 0, 0].tolist() == [2, 2, 5]  # equal to the first until then
+    assert third.trace.experts_TLK[:, 0, 0].tolist() == [2, 2, 5]  # its tokens were the first's until then
     seen = response_mask([second, first], np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]]))
     assert seen.astype(int).tolist() == [[0, 0, 0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0]]
 
@@ -348,5 +349,33 @@ def test_a_later_turn_keeps_the_rows_that_tokens_were_drawn_from() -> None:
 def test_a_turn_that_continues_nothing_is_refused() -> None:
     rollouts = Rollouts()
     rollouts.add([turn([1, 2, 3], 2, 0)])
+    rollouts.add([turn([1, 2, 8, 9], 3, 1)])
     with pytest.raises(ReplayError, match="continues no sequence"):
-        rollouts.add([turn([1, 2, 8, 9], 3, 1)])
+        rollouts.joined([[1, 2, 8, 9]])
+
+
+def experts_of(rollout: Rollout) -> list[int]:
+    return rollout.trace.experts_TLK[:, 0, 0].tolist()
+
+
+def test_a_turn_goes_to_the_sequence_that_goes_on_and_not_to_its_equal() -> None:
+    """Which may have been left as it is, or may have gone on otherwise, over more turns or fewer."""
+    rollouts = Rollouts()
+    rollouts.add([turn([1, 2, 3], 2, expert) for expert in range(4)])
+    rollouts.add([turn([1, 2, 3, 8], 3, 6), turn([1, 2, 3, 9, 5, 6], 4, 5), turn([1, 2, 3, 9, 4], 4, 4)])
+    rollouts.add([turn([1, 2, 3, 9, 5, 6, 9, 7, 7], 7, 7)])
+    whole = [[1, 2, 3], [1, 2, 3, 9, 4], [1, 2, 3, 9, 5, 6, 9, 7], [1, 2, 3, 8]]  # TRL has cut the third
+    left, once, twice, at_once = rollouts.joined(whole)
+    assert experts_of(left) == [0, 0]
+    assert experts_of(once) == [1, 1, 4, 4]
+    assert experts_of(twice) == [2, 2, 5, 5, 5, 7, 7, 7]
+    assert experts_of(at_once) == [3, 3, 6]
+
+
+def test_sequences_that_are_equal_to_the_end_go_on_in_their_order() -> None:
+    rollouts = Rollouts()
+    for tokens, prompt, expert in (([1, 2, 3], 2, 0), ([1, 2, 3, 9, 4], 4, 2), ([1, 2, 3, 9, 4, 9, 5], 6, 4)):
+        rollouts.add([turn(tokens, prompt, expert), turn(tokens, prompt, expert + 1)])
+    first, second = rollouts.joined([[1, 2, 3, 9, 4, 9, 5]] * 2)
+    assert experts_of(first) == [0, 0, 2, 2, 4, 4]
+    assert experts_of(second) == [1, 1, 3, 3, 5, 5]

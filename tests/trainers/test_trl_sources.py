@@ -91,6 +91,37 @@ def test_sampled_sequences_have_the_routes_and_logprobs_of_a_plain_forward(
         np.testing.assert_allclose(rollout.logprobs, right.numpy(), atol=1e-5)
 
 
+def tools_of(trainer: Any, results: list[list[int]]) -> Callable[..., Any]:
+    """TRL's loop of tools with one round: sequence b goes on after the tokens `results[b]`, where there are any."""
+
+    def loop(prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *_: Any) -> Any:
+        masks = [[1] * len(ids) for ids in completion_ids]
+        calling = [index for index, result in enumerate(results) if result]
+        given = [prompt_ids[index] + completion_ids[index] + results[index] for index in calling]
+        turn, _ = trainer._generate_single_turn(given, None, {}, num_generations=1)
+        for index, prompt, output in zip(calling, given, turn, strict=True):
+            completion_ids[index] = prompt[len(prompt_ids[index]) :] + output
+            masks[index] += [0] * len(results[index]) + [1] * len(output)
+        return masks, completions, completion_ids, logprobs, len(calling), 0, [[] for _ in masks]
+
+    return loop
+
+
+def test_a_later_turn_goes_to_its_own_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both samples of a prompt are equal at first; the first one's tool says too much for TRL, and it ends there."""
+    trainer = trainer_of(tmp_path, DYE.model(), max_completion_length=4)
+    monkeypatch.setattr(trainer, "tools", [print])
+    monkeypatch.setattr(trainer, "_tool_call_loop", tools_of(trainer, [[], [50, 51]] * 2))
+    for index, rollout in enumerate(sorted(generated(trainer), key=lambda rollout: len(rollout.drawn))):
+        assert rollout.trace.tokens is not None
+        tokens = rollout.trace.tokens.tolist()
+        first = DYE.continuation(tokens[rollout.num_prompt_tokens - 1], 4)
+        later = [] if index < 2 else [50, 51, *DYE.continuation(51, 4)]
+        assert tokens[rollout.num_prompt_tokens :] == first + later
+        assert rollout.drawn.tolist() == [True] * 4 + ([] if index < 2 else [False] * 2 + [True] * 4)
+        np.testing.assert_array_equal(rollout.trace.experts_TLK, DYE.routes(tokens[:-1]))
+
+
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     """The stand-in where TRL imports vLLM."""

@@ -30,7 +30,7 @@ class Events:
 
     def __init__(self, asked: Asked, request_id: str) -> None:
         self._asked, self._request_id = asked, request_id
-        self._rest = b""
+        self._rest: list[bytes] = []
         self._sequences = [_Sequence() for _ in range(asked.n)]
 
     def feed(self, data: bytes) -> list[StreamEvent]:
@@ -40,7 +40,11 @@ class Events:
             MoetraceError: what the server said last; or an event that is not one of `/generate_stream`, whose routes
                 are damaged or not those of its tokens.
         """
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        if b"\n" not in data:  # the last event has all routes, and comes in very many pieces
+            self._rest.append(data)
+            return []
+        *lines, rest = b"".join([*self._rest, data]).split(b"\n")
+        self._rest = [rest]
         return [event for line in lines if line.startswith(b"data:") for event in self._events(line[5:])]
 
     def end(self) -> None:

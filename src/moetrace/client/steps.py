@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Generic, Literal, TypeVar
 
 from moetrace.client.refusals import error_of
-from moetrace.errors import MoetraceError, UnreachableError
+from moetrace.errors import MoetraceError, RequestError, UnreachableError
 
 T = TypeVar("T")
 REQUEST_ID = "X-Request-Id"
@@ -113,6 +113,10 @@ class Patience:
     retries: int = 10
     first: float = 0.25
     most: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout >= 0:  # nor is NaN
+            raise RequestError("timeout is out of range", expected="seconds, or None", got=self.timeout)
 
     def deadline(self) -> float:
         """When a call that begins now must have ended."""

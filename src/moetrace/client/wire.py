@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -25,6 +25,23 @@ _STOPS = ("stop", "stop_token_ids", "stop_sequences")
 """What `SamplingParams` keeps apart and LightLLM has in one list."""
 _TEXT = ("add_special_tokens", "skip_special_tokens")
 """How the server's tokenizer is used; booleans that the server checks."""
+
+
+def _are(kind: type, values: Any) -> bool:
+    is_list = isinstance(values, list | tuple)
+    return is_list and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "stop": ("a text, or a list of texts", lambda value: isinstance(value, str) or _are(str, value)),
+    "stop_token_ids": ("a list of token ids", lambda value: _are(int, value)),
+    "stop_sequences": (
+        "a list of lists of token ids",
+        lambda value: isinstance(value, list | tuple) and all(_are(int, run) for run in value),
+    ),
+    **{name: ("true or false", lambda value: isinstance(value, bool)) for name in _TEXT},
+}
+"""What `SamplingParams` does not look at, or not at the elements of."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,9 @@ def sampling_of(given: Mapping[str, Any]) -> SamplingParams:
     for name in given:
         if name not in (*names, *_TEXT):
             raise RequestError(f"parameter {name!r} is unknown", expected=", ".join((*names, *_TEXT)), got=name)
+        expected, fits = _KINDS.get(name, ("", None))
+        if fits is not None and not fits(given[name]):
+            raise RequestError(f"{name} has a wrong type", expected=expected, got=given[name], param=name)
     values = {name: _frozen(value) for name, value in given.items() if name not in _TEXT}
     if isinstance(given.get("stop"), str):
         values["stop"] = (given["stop"],)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from moetrace.errors import RouterError
+from moetrace.errors import RouterError, TokenMismatchError
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
 from moetrace.shadows import shadowed
 from moetrace.trace import Order, RoutingTrace
@@ -31,7 +31,7 @@ class GenerationRecording(RoutingSession):
         self._forwards: list[dict[int, torch.Tensor]] = []
         self._order: Order = "rank"
         self._sampled = _SampledLogprobs(temperature)
-        self._prompts: tuple[int, int] | None = None
+        self._prompts_BP: torch.Tensor | None = None
         self._sequences_BS: torch.Tensor | None = None
 
     def on_selection(self, selection: Selection) -> None:
@@ -51,6 +51,7 @@ class GenerationRecording(RoutingSession):
 
         Raises:
             RouterError: `generate` did not run once in the context, or not in forwards as described above.
+            TokenMismatchError: it was given other prompts, or prompts with padding on their right.
         """
         columns = self._columns(prompts, outputs)
         prompts_BPLK, *steps_BLK = (self._experts(forward).cpu().numpy() for forward in self._forwards)
@@ -80,9 +81,9 @@ class GenerationRecording(RoutingSession):
         return torch.stack([forward[index].to(forward[0].device) for index in range(len(forward))], 1)
 
     def _columns(self, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> int:
-        if self._prompts is None or self._sequences_BS is None:
+        if self._prompts_BP is None or self._sequences_BS is None:
             raise RouterError("nothing was generated inside the context", expected="one call of model.generate")
-        rows, columns = self._prompts
+        rows, columns = self._prompts_BP.shape
         steps = max(map(len, outputs), default=0)
         tokens = [next(iter(forward.values())).shape[0] for forward in self._forwards]
         whole = all(len(forward) == len(self._tap.sites) for forward in self._forwards)
@@ -93,6 +94,15 @@ class GenerationRecording(RoutingSession):
                 got=f"{len(tokens)} forwards of {tokens[:4]} ... tokens",
                 fix="Use the cache, no beams, no assistant model and no chunks of the prompt.",
             )
+        for row, (prompt, ids) in enumerate(zip(prompts, self._prompts_BP.tolist(), strict=True)):
+            first = columns - len(prompt)
+            if first < 0 or ids[first:] != list(prompt):
+                raise TokenMismatchError(
+                    f"prompt {row} is not the end of what generate was given in its row",
+                    expected=f"a row that ends with the {len(prompt)} tokens of the prompt",
+                    got=f"{columns} tokens that end otherwise",
+                    fix="Pad prompts on the left, and pass them in the order of the batch.",
+                )
         return columns
 
 
@@ -122,9 +132,9 @@ def record_generation(model: nn.Module, temperature: float = 1.0) -> Iterator[Ge
                 expected="token ids [B, P], as input_ids or as the first argument",
                 got=type(ids_BP).__name__ if not isinstance(ids_BP, torch.Tensor) else tuple(ids_BP.shape),
             )
-        if recording._prompts is not None:
+        if recording._prompts_BP is not None:
             raise RouterError("a second generate inside the context", expected="one", fix="Record each by itself.")
-        recording._prompts = len(ids_BP), ids_BP.shape[1]
+        recording._prompts_BP = ids_BP.clone()  # the caller may use its own again before the traces are asked for
         processors = LogitsProcessorList([*(logits_processor or ()), recording._sampled])
         with tap.active(recording):
             output = own(inputs, generation_config, processors, *args, **kwargs)

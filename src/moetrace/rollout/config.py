@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moetrace import codecs
 from moetrace.errors import RolloutError
 
 
@@ -25,5 +26,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "limit", "timeout"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # nor is NaN
                 raise RolloutError(f"{name} is out of range", expected="more than 0", got=getattr(self, name))
+        if self.codec not in (known := (codecs.AUTO, f"{codecs.AUTO}+zstd", *codecs.NAMES)):
+            raise RolloutError("codec is unknown", expected=" or ".join(known), got=self.codec)

@@ -25,6 +25,8 @@ from moetrace.routers.families import COMMON, TRAITS, RouterTraits
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk", "moe_k")
 _FSDP1 = "FullyShardedDataParallel"
+_TRAINS_A_COPY = "ModulesToSaveWrapper"
+"""PEFT's: it holds a module twice, and passes for it by its attributes."""
 _NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio|image)", re.IGNORECASE)
 
 
@@ -55,7 +57,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     Raises:
         NotMoeError: the model has no experts at all.
         UnsupportedRouterError: it has experts, but a router is missing, of a second layer of the same number (as
-            draft heads may have), or unlike the others; or FSDP1 hides them.
+            draft heads may have), or unlike the others; or FSDP1 hides them, or PEFT trains copies of them.
     """
     model = unwrapped(model)
     for module in model.modules():
@@ -69,6 +71,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
                 f"router {name} ({type(module).__name__}) cannot be replayed: {traits_of(module).refusal}",
                 fix="docs/families.md lists what can.",
             )
+    _refuse_copies(modules, [name for name, _ in found])
     settled = {_block_of(name) for name, _ in found} | {name for name, _ in found}
     found = [(name, module) for name, module in found if not traits_of(module).fixed]
     if not found and not experts and not _config_numbers(model)[0]:
@@ -127,6 +130,18 @@ def _refuse_fsdp1(module: nn.Module) -> None:
             got=_FSDP1,
             fix="Shard with torch.distributed.fsdp.fully_shard; with accelerate, fsdp_version=2.",
         )
+
+
+def _refuse_copies(modules: list[tuple[str, nn.Module]], routers: list[str]) -> None:
+    wrappers = {name for name, module in modules if _TRAINS_A_COPY in (kind.__name__ for kind in type(module).__mro__)}
+    for router in routers if wrappers else ():
+        for name in wrappers.intersection((router, *_ancestors(router))):
+            raise UnsupportedRouterError(
+                f"router {router} is in the model twice: PEFT's modules_to_save trains a copy of it",
+                expected="routers that PEFT leaves as they are",
+                got=f"modules_to_save with {name}",
+                fix="Leave routers, and blocks that have one, out of modules_to_save; target_modules may have others.",
+            )
 
 
 def layout_of(model: nn.Module) -> MoeLayout:

@@ -41,6 +41,7 @@ class Selection:
         scores_NE: what the router selects by.
         live_NK: int64 indices of the router's own top-k.
         indices_NK: int64 indices the router will use; equal to `live_NK` unless a replay changed them.
+        sorted: whether those that the router will use come best first: a router's own ranking, or routes in rank order.
         recompute: True in the second forward of activation checkpointing.
         in_place: True if the indices lie already where the session's `indices_out` wanted them.
         scoring: "softmax", "sigmoid" or "softplus": what the router makes of its logits. A router that selects by its
@@ -79,6 +80,8 @@ class RoutingSession:
 
     supplies_routes = False
     """True if `on_selection` may change `indices_NK`."""
+    routes: Any = None
+    """What it supplies, where it does, with its `order`. Where it does not tell, the order of its ids means nothing."""
 
     def indices_out(self, site: RouterSite, num_tokens: int) -> torch.Tensor | None:
         """Where the router's own top-k should write its indices; None lets it allocate.
@@ -192,6 +195,8 @@ class SelectionMode(TorchFunctionMode):
         )
         for session in sorted(self.sessions, key=lambda session: not session.supplies_routes):
             session.on_selection(selection)  # replay first, so that a recording keeps what was really used
+            if session.supplies_routes and selection.indices_NK is not live_NK:
+                selection.sorted = is_sorted and getattr(session.routes, "order", "set") == "rank"
         self.selections.append(selection)
         self.used = live if selection.indices_NK is live_NK else selection.indices_NK.view_as(live)
         return self.used

@@ -20,22 +20,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from moetrace.errors import ReplayError, UnsupportedRouterError
+from moetrace.errors import ReplayError, RouterError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
 from moetrace.routers.find import RouterSite, find_routers, fingerprint_of, layout_of, traits_of, unwrapped
 from moetrace.routers.selection import RoutingSession, SelectionMode
+from moetrace.routers.sessions import ThreadSessions, taking_part
 
-_CHECKPOINT_MODULE = "torch.utils.checkpoint"
+_RECOMPUTING = {
+    "torch.utils.checkpoint": "torch.utils.checkpoint applied by other means",
+    "torch.autograd.function": "an autograd.Function around it, which may run it again in its backward",
+}
+"""Modules whose frames above a router say that it may run again unseen, and what this is called."""
 _CHECKPOINT_ATTRIBUTE = "_gradient_checkpointing_func"
 _CHECKPOINT_WRAPPER = ("CheckpointWrapper", "checkpoint_fn")
-_MARK = "_moetrace_tapped"
 _ABSENT = object()
 
 
 class ModelTap:
     """The taps of one model's routers. Installed while at least one user holds it, and then gone without a trace.
 
-    Sessions are per thread and per model: two models, or two threads with one model, do not mix.
+    Sessions are per thread, per task of asyncio and per model: two models, or two threads with one model, do not mix.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +49,7 @@ class ModelTap:
         self._lock = threading.RLock()
         self._users = 0
         self._shadows: list[_Shadow] = []
-        self._thread = _ThreadState()
+        self._thread = ThreadSessions()
 
     @property
     def fingerprint(self) -> str:
@@ -84,15 +88,19 @@ class ModelTap:
 
     @contextmanager
     def active(self, *sessions: RoutingSession) -> Iterator[None]:
-        """Let sessions take part in this thread's forwards; install the taps if nobody has."""
-        with self.installed(), self._thread.using(self._thread.sessions + sessions, self._thread.recompute, False):
+        """Let sessions take part in this thread's forwards; install the taps if nobody has.
+
+        Raises:
+            ReplayError: one of the sessions supplies routes, and another one that began after it has not ended yet.
+        """
+        with self.installed(), self._thread.begun(sessions):
             yield
 
     def _prepare(self) -> None:
         """Find what is to be replaced, in the model as it is now."""
         methods = [(site, traits_of(site.module).method) for site in self.sites]
         for site, method in methods:
-            if hasattr(vars(site.module).get(method), _MARK):
+            if isinstance(vars(site.module).get(method), _Tapped):
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
@@ -115,19 +123,19 @@ class ModelTap:
 
         def tapped_forward(*args: Any, **kwargs: Any) -> Any:
             state = self._thread
-            if not state.sessions or (_in_backward() and not state.following):
-                return forward(*args, **kwargs)  # what recomputes unfollowed ran its first pass without these sessions
-            if any(session.supplies_routes for session in state.sessions):
+            sessions = taking_part(state)
+            if not sessions:
+                return forward(*args, **kwargs)
+            if any(session.supplies_routes for session in sessions):
                 _refuse_unknown_checkpointing(site)
             if traits.in_turn and site.module.training:
                 _refuse_drawing(site)
-            mode = SelectionMode(site, state.sessions, state.recompute, traits.in_turn)
+            mode = SelectionMode(site, sessions, state.recompute, traits.in_turn)
             with mode:  # not "with ... as mode": torch.compile traces this too
                 output = forward(*args, **kwargs)
             mode.verify(output, returns_ids)
-            return _shown(output, state)
+            return _shown(output, sessions, state)
 
-        setattr(tapped_forward, _MARK, True)
         return tapped_forward
 
     def _followed(self, checkpoint: Callable) -> Callable:
@@ -138,7 +146,7 @@ class ModelTap:
         """
 
         def checkpoint_with_sessions(function: Callable, *args: Any, **kwargs: Any) -> Any:
-            sessions = self._thread.sessions
+            sessions = taking_part(self._thread)
             if not sessions:
                 return checkpoint(function, *args, **kwargs)
             passes = 0
@@ -146,12 +154,33 @@ class ModelTap:
             def follow(*inner_args: Any, **inner_kwargs: Any) -> Any:
                 nonlocal passes
                 passes += 1
-                with self.installed(again=True), self._thread.using(sessions, passes > 1, True):
+                again = passes > 1 or self._thread.recompute  # its first pass may be part of another's second
+                with self.installed(again=True), self._thread.following(sessions, again):
                     return function(*inner_args, **inner_kwargs)
 
-            return _shown(checkpoint(follow, *args, **kwargs), self._thread)
+            return _shown(checkpoint(follow, *args, **kwargs), sessions, self._thread)
 
         return checkpoint_with_sessions
+
+
+class _Tapped:
+    """What a module has in place of its own function, and will not let a copy have, which would run the original by it.
+
+    A plain function would go into the copy as it is.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RouterError(
+            "a model cannot be copied or pickled while its routers are tapped: the copy would run the original's",
+            expected="a model that nothing records, replays or serves now",
+            fix="Copy it before or after; its state_dict can be copied at any time.",
+        )
 
 
 class _Shadow:
@@ -162,7 +191,7 @@ class _Shadow:
 
     def __init__(self, module: nn.Module, name: str, value: Callable) -> None:
         self._module = weakref.ref(module)  # a tap that is kept must not keep its model
-        self._name, self._value = name, value
+        self._name, self._value = name, _Tapped(value)
         self._before = vars(module).get(name, _ABSENT)
 
     def fits(self) -> bool:
@@ -185,41 +214,15 @@ class _Shadow:
             vars(module)[self._name] = self._before
 
 
-class _ThreadState(threading.local):
-    """What is going on in this thread: active sessions, and whether a checkpointed layer is being followed.
-
-    No attribute is the class's: of a thread-local object torch.compile would read these (torch 2.11).
-    """
-
-    def __init__(self) -> None:
-        self.sessions: tuple[RoutingSession, ...] = ()
-        self.recompute = False
-        self.following = False
-
-    @contextmanager
-    def using(self, sessions: tuple[RoutingSession, ...], recompute: bool, following: bool) -> Iterator[None]:
-        before = self.sessions, self.recompute, self.following
-        self.sessions, self.recompute, self.following = sessions, recompute, following
-        try:
-            yield
-        finally:
-            self.sessions, self.recompute, self.following = before
-
-
-def _shown(output: Any, state: _ThreadState) -> Any:
+def _shown(output: Any, sessions: tuple[RoutingSession, ...], state: ThreadSessions) -> Any:
     """The output of a router or a checkpoint, which the sessions have seen where a backward pass may come back to it.
 
     Within a reentrant checkpoint's first pass there is no graph: the checkpoint's own output is what belongs to one.
     """
     if torch.is_grad_enabled() and not state.recompute:
-        for session in state.sessions:
+        for session in sessions:
             session.on_output(output)
     return output
-
-
-def _in_backward() -> bool:
-    """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _checkpoint_attribute(module: nn.Module) -> str | None:
@@ -248,11 +251,12 @@ def _refuse_unknown_checkpointing(site: RouterSite) -> None:
     """A checkpoint that the tap does not follow would recompute with live routes, silently: refuse it."""
     frame = sys._getframe(1)
     while frame is not None and not (frame.f_code.co_name == "follow" and frame.f_globals is globals()):
-        if frame.f_globals.get("__name__") == _CHECKPOINT_MODULE:
+        got = _RECOMPUTING.get(frame.f_globals.get("__name__", ""))
+        if got is not None:
             raise ReplayError(
                 f"router {site.name} runs under an activation checkpoint that moetrace cannot follow",
                 expected="model.gradient_checkpointing_enable(...) or checkpoint_wrapper, before the replay began",
-                got="torch.utils.checkpoint applied by other means",
+                got=got,
                 fix="Its recomputation would use live routes; enable checkpointing in one of these ways instead.",
             )
         frame = frame.f_back  # type: ignore[assignment]

@@ -40,7 +40,8 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def own_up(request: Request, error: Exception) -> JSONResponse:  # the server logs it with its traceback
         bug = MoetraceError("the server has a bug", got=type(error).__name__, fix=_REPORT)
-        return error_response(500, bug, path=request.url.path)
+        name = getattr(request.state, "request_id", None)  # this answer does not come by the gate, which adds it
+        return error_response(500, bug, {"X-Request-Id": name} if name else None, path=request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def ignore(_: Request, error: ClientDisconnect) -> Response:
@@ -52,6 +53,9 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's own, of JSON that Python cannot hold: text that is not UTF-8, too deep
+            unreadable = RequestError("the request body is not JSON", expected="a JSON object", got=error.detail)
+            return error_response(422, unreadable, path=request.url.path)
         refusal = RequestError(f"the request cannot be served ({error.detail})")
         return error_response(error.status_code, refusal, error.headers, path=request.url.path)
 
@@ -111,6 +115,12 @@ def error_facts(error: MoetraceError) -> dict[str, str]:
 def _explain(error: RequestValidationError) -> RequestError:
     """Say of a body that does not parse what pydantic found first."""
     first = error.errors()[0]
+    if isinstance(first.get("input"), bytes):
+        return RequestError(
+            "the request body is of no type that is known",
+            expected="Content-Type: application/json",
+            fix="Send it with that header.",
+        )
     if first["type"] == "json_invalid":
         return RequestError(
             "the request body is not JSON",

@@ -14,6 +14,7 @@ from moetrace.errors import RequestError
 from moetrace.server.answers import Aborted, Health, ModelFacts, Paused, Readiness, WeightsFacts
 from moetrace.server.openapi import answer, errors
 from moetrace.server.requests import RequestTable
+from moetrace.server.schemas import Listed
 
 
 class AbortRequest(BaseModel):
@@ -21,7 +22,7 @@ class AbortRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    request_ids: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    request_ids: Listed[Annotated[str, Field(min_length=1)]] | None = Field(
         None, description="ids that the requests had in X-Request-Id"
     )
     all: bool = Field(False, description="all requests")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,11 +14,16 @@ from moetrace.server.parameters import close, is_neutral
 
 _SAMPLING = SamplingParams()
 
-Prompt = str | list[int]
+T = TypeVar("T")
+Listed = Annotated[list[T], Field(fail_fast=True)]
+"""A list, of which only the first wrong element is told: an error for each can take a hundred times its memory."""
+TokenIds = Listed[int]
+Prompt = str | TokenIds
+Prompts = Listed[Prompt]
 Codec = Literal["raw", "bits", "set", "auto", "raw+zstd", "bits+zstd", "set+zstd", "auto+zstd"]
 
 
-def prompts_in(inputs: Prompt | list[Prompt]) -> list[Prompt]:
+def prompts_in(inputs: Prompt | Prompts) -> list[Prompt]:
     """The prompts one by one, of one prompt or a list of them."""
     if isinstance(inputs, list) and inputs and not isinstance(inputs[0], int):  # no mixed list has this type
         return inputs
@@ -53,7 +58,7 @@ class GenerateParameters(BaseModel):
     n: int = Field(_SAMPLING.n, description="sequences to generate from each prompt")
     best_of: int | None = Field(None, description="must equal n")
     ignore_eos: bool = Field(_SAMPLING.ignore_eos, description="go on after an end-of-sequence token")
-    stop_sequences: str | list[str | list[int]] | None = Field(
+    stop_sequences: str | Listed[str | TokenIds] | None = Field(
         None, description="what ends a sequence: a text, or a list of texts and of lists of token ids"
     )
     add_special_tokens: bool = Field(True, description="let the tokenizer add its special tokens to a text prompt")
@@ -137,7 +142,7 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: Prompt | list[Prompt] = Field(description="the prompt: text, or token ids; or a list of prompts")
+    inputs: Prompt | Prompts = Field(description="the prompt: text, or token ids; or a list of prompts")
     parameters: GenerateParameters = Field(default_factory=lambda: GenerateParameters())
 
     @property

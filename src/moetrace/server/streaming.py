@@ -161,7 +161,7 @@ class _SequenceEvents:
     def _events(self, tokens: list[int], logprobs: list[float]) -> list[dict[str, Any]]:
         events = []
         self._arrived(len(tokens) - self._sent)
-        for token, logprob in list(zip(tokens, logprobs, strict=True))[self._sent :]:
+        for token, logprob in zip(tokens[self._sent :], logprobs[self._sent :], strict=True):
             self._sent += 1
             facts = token_of(token, logprob, self._tokenizer)
             facts["text"] = None if self._text is None else self._text.add(token)

@@ -76,7 +76,7 @@ class TextStream:
         return self._decode(self._shown + self._held)[len(shown) :]
 
     def _show(self, piece: str) -> str:
-        self._shown, self._held = self._held, []
+        self._shown, self._held = (self._held if piece else self._shown), []  # what shows nothing is no context
         return piece
 
     def _decode(self, tokens: list[int]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
 
@@ -49,7 +50,7 @@ def load_model(path: str, config: EngineConfig, *, require_moe: bool, device: st
     path = str(Path(path).expanduser()) if looks_local else path
     try:
         model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise EngineError(f"cannot read the model {path!r} ({error})") from error
     if require_moe:
         try:
@@ -101,7 +102,7 @@ def load_weights(path: str, model: Any, config: EngineConfig) -> dict[str, torch
 def _from_pretrained(kind: Any, name: str, path: str | None, **options: Any) -> Any:
     try:
         model, report = kind.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise EngineError(f"cannot load the model {name!r} ({error})") from error
     if report["missing_keys"]:  # transformers would go on with random numbers
         raise EngineError(

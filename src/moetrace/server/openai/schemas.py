@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moetrace.engines.requests import SamplingParams
 from moetrace.errors import RequestError
 from moetrace.server.parameters import by_temperature, close, require_neutral
-from moetrace.server.schemas import Prompt
+from moetrace.server.schemas import Listed, Prompt, Prompts
 
 _IGNORED = (
     "metadata",
@@ -53,7 +53,7 @@ class OpenAIRequest(BaseModel):
     temperature: float | None = Field(1.0, description="divides the logits, 0.001 to 1000000; 0 is greedy")
     top_p: float | None = Field(1.0, description="nucleus, in (0, 1]")
     seed: int | None = Field(None, description="what is drawn; null: by chance")
-    stop: str | list[str] | None = Field(None, description="texts that end a sequence; the output is without them")
+    stop: str | Listed[str] | None = Field(None, description="texts that end a sequence; the output is without them")
     stream: bool | None = Field(False, description="answer with server-sent events")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
 
@@ -108,7 +108,7 @@ class OpenAIRequest(BaseModel):
 class CompletionRequest(OpenAIRequest):
     """One prompt or several, as text or as token ids."""
 
-    prompt: Prompt | list[Prompt] = Field(description="text, or token ids; or a list of prompts")
+    prompt: Prompt | Prompts = Field(description="text, or token ids; or a list of prompts")
     max_tokens: int | None = Field(16, description="most tokens to generate")
     best_of: int | None = Field(None, description="must equal n")
     logprobs: int | None = Field(
@@ -148,7 +148,7 @@ class CompletionRequest(OpenAIRequest):
 class ChatRequest(OpenAIRequest):
     """A conversation to continue."""
 
-    messages: list[dict[str, Any]] = Field(description="role and content of each message", min_length=1)
+    messages: Listed[dict[str, Any]] = Field(description="role and content of each message", min_length=1)
     max_tokens: int | None = Field(None, description="most tokens to generate; default: the rest of the window")
     max_completion_tokens: int | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = Field(False, description="return log-probabilities of the output's tokens")

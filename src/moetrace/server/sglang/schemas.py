@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moetrace.engines.requests import SamplingParams
 from moetrace.errors import RequestError
 from moetrace.server.parameters import by_temperature, close, require_neutral
-from moetrace.server.schemas import Prompt, prompts_in
+from moetrace.server.schemas import Listed, Prompt, TokenIds, prompts_in
 
 _NO_TEMPERATURE = 1e-6
 """Below this SGLang takes the most likely token."""
@@ -89,8 +89,8 @@ class SGLangSampling(BaseModel):
     top_k: int | None = Field(-1, description="most likely tokens to draw from; -1 means all")
     n: int | None = Field(1, description="sequences to generate from each prompt")
     sampling_seed: int | None = Field(None, description="what is drawn; null: by chance")
-    stop: str | list[str] | None = Field(None, description="texts that end a sequence")
-    stop_token_ids: list[int] | None = Field(None, description="tokens that end a sequence")
+    stop: str | Listed[str] | None = Field(None, description="texts that end a sequence")
+    stop_token_ids: TokenIds | None = Field(None, description="tokens that end a sequence")
     ignore_eos: bool | None = Field(False, description="go on after an end-of-sequence token")
     skip_special_tokens: bool | None = Field(True, description="leave special tokens out of the text")
     no_stop_trim: bool | None = Field(False, description="leave in the text what ended it")
@@ -104,8 +104,8 @@ class SGLangRequest(BaseModel):
         extra="allow", strict=True, json_schema_extra=lambda schema: close(schema, _NEUTRAL, _IGNORED)
     )
 
-    text: str | list[str] | None = Field(None, description="the prompt, or a list of prompts")
-    input_ids: list[int] | list[list[int]] | None = Field(None, description="the prompt's token ids, or a list of such")
+    text: str | Listed[str] | None = Field(None, description="the prompt, or a list of prompts")
+    input_ids: TokenIds | Listed[TokenIds] | None = Field(None, description="the prompt's token ids, or a list of such")
     sampling_params: SGLangSampling | None = Field(None, description="how to generate")
     return_logprob: bool | None = Field(False, description="return meta_info.output_token_logprobs")
     logprob_start_len: int | None = Field(

@@ -19,21 +19,28 @@ import numpy as np
 import torch
 
 from moetrace.comparison import RoutingComparison, extreme_token_ratio, kl_k3
-from moetrace.replayer import ReplayStats
+from moetrace.replayer import ReplayCounts
 from moetrace.trainers.trl.rollouts import Rollout
 
+Sums = tuple[float, float]
+"""A sum and the count that it is over; those of several processes add up."""
 
-def coverage_of(rollouts: Sequence[Rollout]) -> list[float]:
+
+def coverage_of(rollouts: Sequence[Rollout]) -> Sums:
     """Rows that were captured, and rows that training needs: one for each token but the last."""
     needed = [rollout.trace.num_tokens - 1 for rollout in rollouts]
     valid = [int(rollout.trace.valid_T[:rows].sum()) for rollout, rows in zip(rollouts, needed, strict=True)]
-    return [float(sum(valid)), float(sum(needed))]
+    return sum(valid), sum(needed)
 
 
-def agreement_of(stats: ReplayStats) -> dict[str, float]:
-    """The live router's agreement with the routes it was given."""
-    names = ("overlap", "router_mismatch", "token_mismatch")
-    return {name: getattr(stats, name) for name in names}
+def agreement_of(counts: ReplayCounts) -> dict[str, Sums]:
+    """How the live router agreed with the routes it was given."""
+    routers = counts.compared_tokens * len(counts.hits_L)
+    return {
+        "overlap": (sum(counts.hits_L), routers * counts.top_k),
+        "router_mismatch": (routers - counts.same_routers, routers),
+        "token_mismatch": (counts.differing_tokens, counts.replayed_tokens if routers else 0),
+    }
 
 
 class Distance:
@@ -58,19 +65,20 @@ class Distance:
             self._kl += count * kl_k3(*pair)
             self._extreme += count * extreme_token_ratio(*pair, self._tau)
 
-    def summary(self, accelerator: Any) -> dict[str, float]:
-        """Everything that was compared, over all processes; what was not is left out."""
+    def of_routes(self) -> dict[str, Sums]:
+        """Over what was added to `routing`."""
         routing = self.routing
-        kinds = {
+        return {
             "router_mismatch": (routing.differing_routers, routing.routers),
             "token_mismatch": (routing.differing_tokens, routing.tokens),
-            "kl": (self._kl, self._tokens),
-            "extreme_tokens": (self._extreme, self._tokens),
         }
-        return shares(accelerator, kinds)
+
+    def of_logprobs(self) -> dict[str, Sums]:
+        """Over the tokens that were compared."""
+        return {"kl": (self._kl, self._tokens), "extreme_tokens": (self._extreme, self._tokens)}
 
 
-def shares(accelerator: Any, kinds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def shares(accelerator: Any, kinds: Mapping[str, Sums]) -> dict[str, float]:
     """Each sum over its count, both over all processes; those of nothing are left out."""
     sums = torch.tensor(list(kinds.values()), dtype=torch.float32, device=accelerator.device)
     totals = accelerator.reduce(sums, reduction="sum").tolist()

@@ -86,33 +86,49 @@ def response_mask(rollouts: Sequence[Rollout], mask_BS: np.ndarray) -> np.ndarra
 
 
 class Rollouts:
-    """All sequences of one generation, in the order of its prompts."""
+    """The turns of one generation. Which sequence a turn is of is known when all are whole: samples of one prompt may
+    be equal for some turns, and TRL then leaves one as it is and goes on with another.
+    """
 
     def __init__(self) -> None:
-        self.sequences: list[Rollout] = []
+        self._turns: list[list[Rollout]] = []
 
     def add(self, turn: Sequence[Rollout]) -> None:
-        """A first turn, or a later one of some sequences: each continues the first that it can. Sequences of one prompt
-        may be equal, and then go on in their order.
+        """The first turn of all sequences, or a later one of some."""
+        self._turns.append(list(turn))
+
+    def joined(self, whole: Sequence[Sequence[int]]) -> list[Rollout]:
+        """The sequences, in the order of their prompts.
+
+        Args:
+            whole: token ids of each, as TRL has them in the end; it may have cut the last turn.
 
         Raises:
-            ReplayError: a later turn continues no sequence.
+            ReplayError: a later turn continues none of them.
         """
-        if not self.sequences:
-            self.sequences = list(turn)
-            return
-        for rollout in turn:
-            index = next((i for i, earlier in enumerate(self.sequences) if _continues(rollout, earlier)), None)
+        first, *later = self._turns or [[]]
+        sequences = list(first)
+        for rollout in (rollout for turn in later for rollout in turn):
+            pairs = enumerate(zip(sequences, whole, strict=False))  # the trainer counts them
+            index = next((i for i, (earlier, tokens) in pairs if _continues(rollout, earlier, tokens)), None)
             if index is None:
                 raise ReplayError(
                     "a later turn continues no sequence of this generation",
                     expected="a prompt that begins with the prompt and completion of an earlier turn",
                     got=f"{rollout.num_prompt_tokens} prompt tokens",
                 )
-            self.sequences[index] = self.sequences[index].then(rollout)
+            sequences[index] = sequences[index].then(rollout)
+        return sequences
 
 
-def _continues(later: Rollout, earlier: Rollout) -> bool:
+def _continues(later: Rollout, earlier: Rollout, whole: Sequence[int]) -> bool:
+    """Whether a turn goes on where a sequence is so far, on the way to what that is in the end."""
     assert later.trace.tokens is not None
-    length = earlier.trace.num_tokens
-    return later.num_prompt_tokens >= length and np.array_equal(later.trace.tokens[:length], earlier.trace.tokens)  # type: ignore[arg-type]
+    assert earlier.trace.tokens is not None
+    so_far, end = earlier.trace.num_tokens, min(later.trace.num_tokens, len(whole))
+    return (
+        so_far <= later.num_prompt_tokens
+        and so_far < len(whole)
+        and np.array_equal(later.trace.tokens[:so_far], earlier.trace.tokens)
+        and np.array_equal(later.trace.tokens[:end], whole[:end])
+    )

@@ -97,7 +97,9 @@ class RoutingReplay(_SomeTrainer):
     def _generate(self, prompts: list) -> Any:
         self._rollouts = Rollouts()
         output = super()._generate(prompts)
-        self._replayed = self._rollouts.sequences
+        prompt_ids, completion_ids, *_ = output
+        whole = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        self._replayed = self._rollouts.joined(whole)
         return output
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +160,7 @@ class RoutingReplay(_SomeTrainer):
             if self._in_loss:
                 distance = Distance(self.replay_config.tau)
                 distance.add_logprobs(rollouts, parts[-1][0], mask[:, -logits_to_keep:])
-                self._log(agreement_of(session.stats()) | distance.summary(self.accelerator))
+                self._log(shares(self.accelerator, agreement_of(session.counts()) | distance.of_logprobs()))
         return tuple(_joined(values) for values in zip(*parts, strict=True))
 
     @contextmanager
@@ -193,8 +195,8 @@ class RoutingReplay(_SomeTrainer):
                 for rollout, trace in zip(rollouts[rows], used, strict=True):
                     distance.routing += compare(rollout.trace, trace)
                 distance.add_logprobs(rollouts[rows], parts[0], mask[rows, -columns:])
-            summary = distance.summary(self.accelerator)
-            found |= {f"{name}/{key}": value for key, value in summary.items()}
+            sums = distance.of_routes() | distance.of_logprobs()
+            found |= {f"{name}/{key}": value for key, value in shares(self.accelerator, sums).items()}
         return found
 
     def _log(self, values: dict[str, float]) -> None:
