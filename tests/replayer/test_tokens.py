@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import re
@@ -251,6 +252,27 @@ def test_another_thread_may_call_the_model_with_what_it_likes() -> None:
         thread.join(60)
         model(tokens)
     assert caught == []
+
+
+def test_tasks_of_asyncio_are_compared_with_their_own_tokens() -> None:
+    model, done = made(), []
+
+    async def replayed_in_turn(seed: int) -> None:
+        tokens = random_tokens(1, 10, seed=seed)
+        traces = traces_of(model, random_routes(10, "mixtral", seed=seed), tokens)
+        with replay(model, traces, input_ids=tokens, on_shift="ignore"):
+            for _ in range(seed):
+                await asyncio.sleep(0)
+                with torch.no_grad():
+                    model(tokens)
+        done.append(seed)
+
+    async def together() -> None:
+        await asyncio.gather(replayed_in_turn(2), replayed_in_turn(4))
+
+    asyncio.run(together())
+    assert done == [2, 4]
+    assert hooks(model) == 0
 
 
 def test_hooks_of_others_see_the_ids_after_us_and_stay() -> None:

@@ -274,7 +274,7 @@ def test_a_router_that_does_not_return_its_one_selection_is_refused_by_name(
 ) -> None:
     model, tokens = changed(build("qwen3_moe"), 2, forward), random_tokens(1, 6)
     context = record(model) if use == "record" else replaying(model, random_routes(6, "qwen3_moe"), tokens)
-    with torch.no_grad(), context, pytest.raises(UnsupportedRouterError, match=complaint) as refused:
+    with torch.no_grad(), pytest.raises(UnsupportedRouterError, match=complaint) as refused, context:
         model(tokens)
     assert "model.layers.2.mlp.gate" in str(refused.value)
     assert "ChangedQwen3MoeTopKRouter" in str(refused.value)

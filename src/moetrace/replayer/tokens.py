@@ -8,9 +8,9 @@ Axis: N tokens of the batch.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers.find import unwrapped
 
 _PLACEHOLDERS = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
+
+_watches: ContextVar[tuple[tuple[int, RemovableHandle], ...]] = ContextVar("moetrace token checks", default=())
+"""Which embeddings are watched in this thread or task of asyncio, and by whom, the innermost last."""
 
 
 class TokenCheck:
@@ -94,7 +97,7 @@ def found_in(differs_N: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Show the token ids of every forward of this thread, before anything is computed with them.
+    """Show the token ids of every forward of this thread or task, before anything is computed with them.
 
     Of contexts within each other only the innermost is shown any, as it is the innermost replay that decides. Where a
     model has no input embeddings (a later stage of a pipeline), or is called with `inputs_embeds`, nothing is shown.
@@ -106,7 +109,7 @@ def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None]) -> Itera
         return
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch = next((watch for watch in reversed(_thread.watches) if watch[0] is module), None)
+        watch = next((watch for watch in reversed(_watches.get()) if watch[0] == id(module)), None)
         if watch is not own or torch._C._current_graph_task_id() != -1:
             return
         for value in (*args, *kwargs.values()):
@@ -116,23 +119,13 @@ def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None]) -> Itera
 
     # First of all hooks: those of a parallel plan make shards of the ids.
     handle = embeddings.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    own = embeddings, handle
-    _thread.watches.append(own)
+    own = id(embeddings), handle
+    _watches.set((*_watches.get(), own))
     try:
         yield
     finally:
-        _thread.watches = [watch for watch in _thread.watches if watch is not own]
+        _watches.set(tuple(watch for watch in _watches.get() if watch is not own))
         handle.remove()
-
-
-class _ThreadState(threading.local):
-    """Which embeddings are watched in this thread, and by whom, the innermost last."""
-
-    def __init__(self) -> None:
-        self.watches: list[tuple[nn.Module, RemovableHandle]] = []
-
-
-_thread = _ThreadState()
 
 
 def placeholders_of(model: nn.Module) -> frozenset[int]:
