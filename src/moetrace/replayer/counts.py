@@ -11,6 +11,9 @@ from moetrace.errors import LayoutMismatchError, TokenMismatchError
 
 SHIFT_MARGIN = 0.05
 """Shifted routes must fit better than the given ones by this much overlap to raise the alarm."""
+SEQUENCE_SHIFT_MARGIN = 0.2
+"""The same of one sequence by itself. A wrong one gains more where experts depend on tokens; a short one that repeats a
+token, or noise between two numerics, gains a little by chance, and with many sequences some always do."""
 SHIFT_MIN_ROWS = 32
 """Fewer neighbouring rows than this prove nothing."""
 
@@ -61,9 +64,9 @@ class ReplayStats:
         return looks_shifted(self.neighbour_rows, self.shift_gain) or self.shifted_sequences > 0
 
 
-def looks_shifted(neighbour_rows: int, gain: float) -> bool:
+def looks_shifted(neighbour_rows: int, gain: float, margin: float = SHIFT_MARGIN) -> bool:
     """Whether so many rows that gain so much overlap when shifted are beyond chance."""
-    return neighbour_rows >= SHIFT_MIN_ROWS and gain > SHIFT_MARGIN
+    return neighbour_rows >= SHIFT_MIN_ROWS and gain > margin
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from moetrace.replayer.counts import Findings, ReplayCounts, ReplayStats, SequenceShift, looks_shifted
+from moetrace.replayer.counts import (
+    SEQUENCE_SHIFT_MARGIN,
+    Findings,
+    ReplayCounts,
+    ReplayStats,
+    SequenceShift,
+    looks_shifted,
+)
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
 from moetrace.replayer.tokens import TokenCheck
 from moetrace.replayer.upload import RoutesUpload
@@ -107,7 +114,7 @@ class OverlapMonitor:
         nothing = torch.zeros(_REPLACED + 1, dtype=torch.int64, device=device)
         differing = nothing[:1] if self._differs_N is None else self._differs_N.sum().expand(1)
         rows = [self._counts.get(layer, nothing) for layer in layers]
-        parts = [differing, self.tokens.found(), *rows, self._gains_of_sequences().reshape(-1)]
+        parts = [differing, self.tokens.found(device), *rows, self._gains_of_sequences(device).reshape(-1)]
         arrived = _to_host(torch.cat([part.to(device) for part in parts]))
         return lambda: self._findings(arrived().tolist(), forwards)
 
@@ -123,13 +130,12 @@ class OverlapMonitor:
     def _num_sequences(self) -> int:
         return int(self._routes.sequence_N.max(initial=0)) + 1
 
-    def _gains_of_sequences(self) -> torch.Tensor:
+    def _gains_of_sequences(self, device: torch.device) -> torch.Tensor:
         """`[2, sequences]`: what each would gain by earlier and by later rows, in ids. No synchronisation."""
-        gains_2N = self._gains_2N
-        if gains_2N is None:
-            return torch.zeros((2, self._num_sequences), dtype=torch.int64)
-        gains = torch.zeros((2, self._num_sequences), dtype=torch.int64, device=gains_2N.device)
-        return gains.index_add_(1, self._upload.on(gains_2N.device).sequence_N[1:], gains_2N)
+        gains = torch.zeros((2, self._num_sequences), dtype=torch.int64, device=device)
+        if self._gains_2N is None:
+            return gains
+        return gains.index_add_(1, self._upload.on(device).sequence_N[1:], self._gains_2N.to(device))
 
     def _shifted(self, gains: list[int], forwards: int) -> tuple[SequenceShift, ...]:
         routes, sequences = self._routes, self._num_sequences
@@ -141,7 +147,7 @@ class OverlapMonitor:
             if forwards and rows[number]
             for place, shift in enumerate(("earlier", "later"))
         ]
-        return tuple(one for one in found if looks_shifted(one.neighbour_rows, one.gain))
+        return tuple(one for one in found if looks_shifted(one.neighbour_rows, one.gain, SEQUENCE_SHIFT_MARGIN))
 
     def _counts_of(
         self, differing_tokens: int, counts_L8: list[list[int]], forwards: int, shifted_sequences: int

@@ -64,9 +64,11 @@ class TokenCheck:
         if differs_N.any():
             raise self._error(*found_in(differs_N).tolist())
 
-    def found(self) -> torch.Tensor:
-        """`[2]` int64 on the device of the ids: how many differ, and the number of the first. No synchronisation."""
-        return torch.zeros(2, dtype=torch.int64) if self._differs_N is None else found_in(self._differs_N)
+    def found(self, device: torch.device) -> torch.Tensor:
+        """`[2]` int64 on a device: how many differ, and the number of the first. No synchronisation."""
+        if self._differs_N is None:
+            return torch.zeros(2, dtype=torch.int64, device=device)  # made there: bringing it would wait
+        return found_in(self._differs_N).to(device)
 
     def error_of(self, found: list[int]) -> TokenMismatchError | None:
         """What there is to raise, of what `found` gave."""
