@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ONE_OF_EACH, assert_same_gradients, build, gradients_of, loss_of, random_tokens
+from families import ONE_OF_EACH, assert_same_gradients, gradients_of, loss_of, random_tokens
+from trained import CHECKPOINTS, made
 
 from moetrace import record, replay
 from moetrace.errors import ShiftedRoutesError
@@ -22,20 +23,13 @@ from moetrace.replayer import ReplaySession, alarm, monitor
 from moetrace.trace import RoutingTrace
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 READS = pytest.mark.parametrize("read", [ReplaySession.stats, ReplaySession.counts])
 
 
 @pytest.fixture
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
     monkeypatch.setattr(alarm, "defers", lambda device: True)
-
-
-def made(name: str = "mixtral", reentrant: bool | None = None) -> Any:
-    model = build(name).train()
-    if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return model
 
 
 def batch(model: Any, seed: int = 0, by: int = 1) -> tuple[torch.Tensor, RoutingTrace]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ONE_OF_EACH, build, left_behind, loss_of, random_routes, random_tokens, traces_of
+from families import ONE_OF_EACH, left_behind, loss_of, random_routes, random_tokens, traces_of
+from trained import CHECKPOINTS, made
 
 from moetrace import record, replay
 from moetrace.errors import ReplayError, TokenMismatchError
@@ -23,7 +24,6 @@ from moetrace.replayer.ranks import context_parallel, pipeline
 from moetrace.trace import RoutingTrace
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-CHECKPOINTS = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 SHIFTS = pytest.mark.parametrize("on_shift", ["error", "warn", "ignore"])
 
 
@@ -31,13 +31,6 @@ SHIFTS = pytest.mark.parametrize("on_shift", ["error", "warn", "ignore"])
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(alarm, "defers", lambda device: True)
-
-
-def made(name: str = "mixtral", reentrant: bool | None = None) -> Any:
-    model = build(name).train()
-    if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    return model
 
 
 def own(model: Any, tokens: torch.Tensor) -> list[RoutingTrace]:

@@ -21,6 +21,8 @@ _CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Bits(), Set(
 NAMES = (*_CODECS, *(name + _ZSTD for name in _CODECS))
 """Every codec that a header can name; `AUTO` and `AUTO + "+zstd"` are resolved before anything is written."""
 AUTO = "auto"
+CHOICES = (AUTO, AUTO + _ZSTD, *NAMES)
+"""Every codec that may be asked for."""
 
 
 def encode(name: str, experts_VLK: np.ndarray, layout: MoeLayout) -> np.ndarray:

@@ -24,7 +24,6 @@ from moetrace.errors import FormatError, MoetraceError, StoreError
 from moetrace.format import open_file, save_file
 
 T = TypeVar("T")
-_CODECS = (codecs.AUTO, f"{codecs.AUTO}+zstd", *codecs.NAMES)
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,7 +40,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     add("inspect", _inspect, "say what an input holds, and its size under every codec", "input")
     convert = add("convert", _convert, "write an input as one container of the newest version", "input", "output")
-    convert.add_argument("--codec", choices=_CODECS, default=codecs.AUTO, help="codec of the output (%(default)s)")
+    convert.add_argument(
+        "--codec", choices=codecs.CHOICES, default=codecs.AUTO, help="codec of the output (%(default)s)"
+    )
     add("verify", _verify, "read every trace of an input and say which are damaged", "input")
     diff = add("diff", _diff, "say where two inputs first differ", "a", "b")
     diff.add_argument("--sets", action="store_true", help="compare which experts were chosen, not their ranks")

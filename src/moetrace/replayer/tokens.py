@@ -21,6 +21,7 @@ from moetrace.errors import TokenMismatchError
 from moetrace.replayer.routes import AlignedRoutes
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers.find import unwrapped
+from moetrace.routers.sessions import in_backward
 
 _PLACEHOLDERS = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
 
@@ -112,7 +113,7 @@ def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None]) -> Itera
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch = next((watch for watch in reversed(_watches.get()) if watch[0] == id(module)), None)
-        if watch is not own or torch._C._current_graph_task_id() != -1:
+        if watch is not own or in_backward():
             return
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor):

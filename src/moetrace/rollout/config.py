@@ -28,5 +28,5 @@ class RolloutConfig:
         for name in ("concurrency", "limit", "timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:  # nor is NaN
                 raise RolloutError(f"{name} is out of range", expected="more than 0", got=getattr(self, name))
-        if self.codec not in (known := (codecs.AUTO, f"{codecs.AUTO}+zstd", *codecs.NAMES)):
-            raise RolloutError("codec is unknown", expected=" or ".join(known), got=self.codec)
+        if self.codec not in codecs.CHOICES:
+            raise RolloutError("codec is unknown", expected=" or ".join(codecs.CHOICES), got=self.codec)

@@ -88,7 +88,7 @@ def taking_part(state: ThreadSessions) -> tuple[RoutingSession, ...]:
         return state.followed
     if not state.sessions or torch.compiler.is_compiling():  # which cannot ask for a task: an engine's step has none
         return state.sessions
-    if _in_backward():
+    if in_backward():
         return ()
     begun = _begun.get()
     if begun is state.of_task:
@@ -96,7 +96,7 @@ def taking_part(state: ThreadSessions) -> tuple[RoutingSession, ...]:
     return tuple(session for session in state.sessions if weakref.ref(session) in begun)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """True while autograd runs a backward pass on this thread: a forward is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
