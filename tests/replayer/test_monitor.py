@@ -325,6 +325,16 @@ def test_one_shifted_sequence_among_many_sound_ones_raises_the_alarm_and_is_name
         model(tokens, **where)
 
 
+def test_what_a_failed_forward_left_does_not_make_the_next_one_whole() -> None:
+    layout, tokens = MoeLayout((0, 1, 2), 8, 2), np.arange(4)
+    given_TLK = np.tile(np.array([0, 1]), (4, 3, 1))
+    monitor = OverlapMonitor(align([RoutingTrace.build(given_TLK, layout, tokens)], tokens[None]))
+    for layer in (0, 1, 0, 2):  # the first forward fails behind layer 1, the second one passes it by
+        monitor.observe(layer, torch.from_numpy(given_TLK[:, layer]), torch.ones(4, dtype=torch.bool))
+    assert monitor.lacking == [1]
+    assert monitor.forwards == 0
+
+
 def test_gains_of_a_sequence_are_those_of_it_alone() -> None:
     model, tokens = build("qwen3_moe"), random_tokens(3, 40)
     traces = [shifted(trace, by) for trace, by in zip(recorded(model, tokens), (1, 0, -1), strict=True)]
