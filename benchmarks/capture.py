@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import cpu_name, keep, large_shape, timed
+from common import cpu_name, graphs_captured, keep, large_shape, timed, warm_up
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching import requests as cb_requests
@@ -191,13 +191,14 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     step_ms: dict[str, list[float]] = {name: [] for name in variants}
     tail_ms: dict[str, list[float]] = {name: [] for name in variants}
+    graphs = dict.fromkeys(variants, 0)
     host_ms: dict[str, dict[str, float]] = {}
     synchronisations: dict[str, dict[str, float]] = {}
 
     def rollout(engine: TransformersEngine, capture: bool, part: int = 1) -> float:
         samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
         began = time.perf_counter()
-        engine.pause()  # so that every round has the same steps: transformers captures a CUDA graph for each new shape
+        engine.pause()  # so that every round has the same steps
         running = [
             engine.submit(prompt, sampling, return_routes=capture)
             for prompt, sampling in zip(prompts, samplings, strict=True)
@@ -213,10 +214,11 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         for name, on in variants.items():
             engine = engines.get(name) or start(model, args, on)
             if args.one_at_a_time or not number:
-                rollout(engine, on)  # warm-up
+                warm_up(engine, partial(rollout, engine, on))
             if number:
-                with ends_of_steps(engine) as ends:
+                with ends_of_steps(engine) as ends, graphs_captured(engine) as captured:
                     tokens_per_s[name].append(rollout(engine, on))
+                graphs[name] += len(captured)
                 tail_ms[name].append(1e3 * (time.perf_counter() - ends[-1]))
                 step_ms[name] += [1e3 * (after - before) for before, after in pairwise(ends)]
             if number == args.rounds:
@@ -232,6 +234,7 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         engine.close()
     return summary(tokens_per_s, unit="tokens/s") | {
         "rounds_of_each": args.rounds,
+        "graphs_captured": graphs,
         "work": {"requests": args.batch, "prompt": args.prompt, "new": [min(lengths), max(lengths)]},
         "step_ms": {name: shares(some) for name, some in step_ms.items()},
         "ms_after_last_step": {name: round(statistics.median(some), 3) for name, some in tail_ms.items()},

@@ -22,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import keep, large_shape
+from common import keep, large_shape, warm_up
 
-ENGINES = ("vllm off", "vllm on", "embedded")
-_WARM_UPS = 1
+ENGINES = ("embedded", "vllm off", "vllm on")
 
 
 def main() -> int:
@@ -92,11 +92,11 @@ def prompts_of(args: argparse.Namespace) -> list[list[int]]:
 def timed(rollout: Callable[[], Any], args: argparse.Namespace) -> list[float]:
     """Tokens per second of each round."""
     rates = []
-    for number in range(_WARM_UPS + args.rounds):
+    rollout()  # warm-up
+    for _ in range(args.rounds):
         began = time.perf_counter()
         rollout()
-        if number >= _WARM_UPS:
-            rates.append(args.requests * args.new / (time.perf_counter() - began))
+        rates.append(args.requests * args.new / (time.perf_counter() - began))
     return rates
 
 
@@ -171,17 +171,24 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
         )
         for name in rates
     }
-    for number in range(_WARM_UPS + args.rounds):
-        for name, engine in engines.items():
+
+    def rollout(name: str) -> None:
+        engine = engines[name]
+        engine.pause()  # so that every round has the same steps
+        running = [engine.submit(prompt, sampling, return_routes=name == "on") for prompt in prompts]
+        engine.resume()
+        results = [generation.result(600) for generation in running]
+        assert all(len(result.output_tokens) == args.new for result in results)
+        if name == "on":
+            assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
+
+    for name, engine in engines.items():
+        warm_up(engine, partial(rollout, name))
+    for _ in range(args.rounds):
+        for name, some in rates.items():
             began = time.perf_counter()
-            running = [engine.submit(prompt, sampling, return_routes=name == "on") for prompt in prompts]
-            results = [generation.result(600) for generation in running]
-            seconds = time.perf_counter() - began
-            assert all(len(result.output_tokens) == args.new for result in results)
-            if name == "on":
-                assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
-            if number >= _WARM_UPS:
-                rates[name].append(args.requests * args.new / seconds)
+            rollout(name)
+            some.append(args.requests * args.new / (time.perf_counter() - began))
     for engine in engines.values():
         engine.close()
     facts = {"hardware": torch.cuda.get_device_name(), "attention": args.attention}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dye import Dye
-from test_transformers_engine import CAPTURE, assert_dyed
+from test_transformers_engine import CAPTURE, assert_dyed, leave_nan_in_padding
 from transformers.generation.continuous_batching import ContinuousBatchingManager, continuous_api
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
@@ -148,6 +148,23 @@ def test_a_cache_that_nobody_wrote_holds_no_nan(monkeypatch: pytest.MonkeyPatch)
         assert all(tensor.isfinite().all() for tensor in caches(engine._manager.batch_processor))
     finally:
         engine.close()
+
+
+def test_what_attention_leaves_for_padding_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding's keys lie behind the others, and are multiplied by zero. Steps are padded by hand here."""
+    dye = Dye()
+    model: Any = dye.model()
+    padding = leave_nan_in_padding(model)
+    engine = TransformersEngine(model, EngineConfig(**CAPTURE))
+    monkeypatch.setattr(engine._manager.batch_processor.model_runner, "pad_inputs", True)
+    try:
+        for prompt in (range(3), range(50), range(7, 10)):
+            result = engine.submit(list(prompt), SamplingParams(4), return_routes=True).result(60)
+            assert_dyed(dye, result)
+            assert result.output_tokens == [(prompt[-1] + 1 + i) % dye.vocab for i in range(4)]
+    finally:
+        engine.close()
+    assert set(padding) == {64}
 
 
 def test_a_model_that_flash_attention_cannot_run_keeps_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dye import Dye
+from test_transformers_engine import leave_nan_in_padding
 from transformers.utils import is_flash_attn_3_available
 
 from moetrace.engines.config import EngineConfig
@@ -98,6 +99,25 @@ def test_what_lies_in_memory_is_never_read(attention: str) -> None:
         assert result.output_tokens == [(last + 1 + i) % 512 for i in range(12)]
         assert result.trace is not None
         np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens)[:-1])
+    engine.close()
+
+
+@needs_flash
+@pytest.mark.parametrize("prompt", [[7], [5, 6, 7, 8, 9]], ids=len)
+def test_an_engine_may_begin_with_forks(prompt: list[int]) -> None:
+    """After its first step there is nothing to compute before the fork, and a step without tokens would sample from
+    what lies in memory."""
+    dye = Dye(vocab=512, num_experts=128, top_k=8, num_layers=3, window=256, head_dim=64)
+    model: Any = dye.model(torch.bfloat16)
+    config = EngineConfig(enable_return_routed_experts=True, kv_cache_tokens=1 << 14, max_batch_tokens=256, seed=0)
+    padding = leave_nan_in_padding(model)
+    engine = TransformersEngine(model.to("cuda"), config)
+    for result in engine.submit(prompt, SamplingParams(12, do_sample=True, n=4), return_routes=True).results(60):
+        tokens = result.prompt_tokens + result.output_tokens
+        assert result.output_tokens == [(prompt[-1] + 1 + i) % 512 for i in range(12)]
+        assert result.trace is not None
+        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens)[:-1])
+    assert padding
     engine.close()
 
 

@@ -103,6 +103,22 @@ def test_forks_with_nothing_left_to_compute_before_the_fork(dye: Dye, make_engin
             assert_dyed(dye, result)
 
 
+def test_such_forks_beside_requests_that_compute(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), page_size=16)
+    known = list(range(32))
+    engine.submit(known, SamplingParams(1)).result(60)
+    engine.pause()  # so that all are admitted to one step
+    samplings = {(5,): 1, (7,): 3, tuple(known): 4, (*known, 1, 2): 2, (9, 8, 7): 3}
+    running = [engine.submit(prompt, SamplingParams(6, n=n), return_routes=True) for prompt, n in samplings.items()]
+    engine.resume()
+    for generation, n in zip(running, samplings.values(), strict=True):
+        results = generation.results(60)
+        assert len(results) == n
+        for result in results:
+            assert len(result.output_tokens) == 6
+            assert_dyed(dye, result)
+
+
 def test_forks_in_a_starved_cache(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model(), kv_cache_tokens=256, max_batch_tokens=48)
     prompts = [prompt for prompt in prompts_of(dye, 10, shared=20, longest=30) if len(prompt) > 1]

@@ -13,6 +13,7 @@ import torch
 from dye import Dye
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import moetrace
@@ -56,6 +57,23 @@ def count_computed(engine: TransformersEngine) -> list[int]:
 
     capture.after_forward = count  # type: ignore[method-assign]
     return tokens
+
+
+def leave_nan_in_padding(model: Any) -> list[int]:
+    """Let attention put out NaN for padding, as flash attention may, which leaves those rows as memory was. The list
+    grows by the rows of each step in which it did."""
+    rows: list[int] = []
+
+    def leave(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
+        hidden_ND, ends = output[0].view(-1, output[0].shape[-1]), kwargs["cu_seq_lens_q"]
+        if kwargs["block_table"] is None:
+            rows.append(len(hidden_ND))
+            is_padding_N = torch.arange(len(hidden_ND), device=hidden_ND.device) >= ends[-1]
+            hidden_ND.masked_fill_(is_padding_N[:, None], torch.nan)
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(leave, with_kwargs=True)
+    return rows
 
 
 def assert_dyed(dye: Dye, result: GenerateResult) -> None:

@@ -179,27 +179,18 @@ class BatchLoop:
         if self.paused:
             return [], False, 0, 0
         requests, *rest = own(*budgets)
-        if requests and not self._processor.use_async_batching:
-            empty = [request.state for request in requests if not request.query_length]
-            if empty:
-                self._unfork(empty)
-                requests = [request for request in requests if request.query_length]
-                if not requests:
-                    return self._schedule(own, *budgets)
+        if requests and not any(request.query_length for request in requests):
+            self._fork()
+            return own(*budgets)
         return requests, *rest
 
-    def _unfork(self, parents: list[Any]) -> None:
-        """A request is forked once all of its prompt but one token is computed. Where a shared prefix brings that much
-        at once, there is nothing to compute first, and a step without tokens fails: its forks become requests of their
-        own, which share the prefix too."""
-        scheduler = self._scheduler
-        scheduler._requests_to_fork = [state for state in scheduler._requests_to_fork if state not in parents]
-        for parent in parents:
-            count, parent.num_children = parent.num_children, 0
-            for number in range(count):
-                child = parent.create_equivalent_initial_request()
-                child.request_id = f"{parent.request_id}__child#{number}"
-                scheduler.add_waiting_request(child)
+    def _fork(self) -> None:
+        """A request is forked once all of its prompt but one token is computed, when the results of a step are looked
+        at. Before that there is nothing to compute where a shared prefix brought that much at once, or where this is
+        the first step after the one that computed it. A step without tokens fails on a CPU; on a GPU it samples from
+        what lay in memory, which may be NaN. So: fork now, beside whatever step is running."""
+        with shadowed(self._processor.inputs_and_outputs, "prepare_batch_update", lambda: ([], [], None)):
+            type(self._processor).update_batch(self._processor)
 
     def _cancel(self, own: Callable[[], list[Any]]) -> list[Any]:
         scheduler = self._scheduler
