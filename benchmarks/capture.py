@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +183,10 @@ def count_kernels(graph: torch.cuda.CUDAGraph) -> int:
 
 def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of whole rollouts, alternating; host time of a step; synchronisations a step."""
-    vocab = model.config.vocab_size
-    prompts = torch.randint(0, vocab, (args.batch, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     draw = random.Random(0)
-    lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in prompts]
+    lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in range(args.batch)]
     variants = {"off": False, "ours": True}
+    seeds = {on: count() for on in variants.values()}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     step_ms: dict[str, list[float]] = {name: [] for name in variants}
     tail_ms: dict[str, list[float]] = {name: [] for name in variants}
@@ -197,6 +196,8 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     def rollout(engine: TransformersEngine, capture: bool, part: int = 1) -> float:
         samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
+        fresh = torch.Generator().manual_seed(next(seeds[capture]))  # a prompt seen before would not be computed
+        prompts = torch.randint(0, model.config.vocab_size, (args.batch, args.prompt), generator=fresh).tolist()
         began = time.perf_counter()
         engine.pause()  # so that every round has the same steps
         running = [
@@ -210,12 +211,12 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         return sum(lengths) / (time.perf_counter() - began)
 
     engines = {} if args.one_at_a_time else {name: start(model, args, on) for name, on in variants.items()}
-    for number in tqdm(range(args.rounds + 1), desc="rounds", mininterval=2):
+    for number in tqdm(range(args.rounds + 2), desc="rounds", mininterval=2):
         for name, on in variants.items():
             engine = engines.get(name) or start(model, args, on)
             if args.one_at_a_time or not number:
                 warm_up(engine, partial(rollout, engine, on))
-            if number:
+            if 1 <= number <= args.rounds:
                 with ends_of_steps(engine) as ends, graphs_captured(engine) as captured:
                     tokens_per_s[name].append(rollout(engine, on))
                 graphs[name] += len(captured)
@@ -223,8 +224,8 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
                 step_ms[name] += [1e3 * (after - before) for before, after in pairwise(ends)]
             if number == args.rounds:
                 host_ms[name] = time_host(engine, partial(rollout, engine, on))
-                if args.device != "cpu":
-                    synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, on, PROFILED))
+            if number > args.rounds and args.device != "cpu":  # last: after the profiler every launch takes longer
+                synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, on, PROFILED))
             if args.one_at_a_time:
                 engine.close()
                 del engine
@@ -285,13 +286,13 @@ def count_synchronisations(engine: TransformersEngine, rollout: Callable[[], Any
     processor = engine._manager.batch_processor
     own = processor._generation_step
 
-    def count(model: Any) -> None:
+    def launch(model: Any) -> None:
         nonlocal steps
         steps += 1
         own(model)
 
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with shadowed(processor, "_generation_step", count), torch.profiler.profile(activities=activities) as profile:
+    with shadowed(processor, "_generation_step", launch), torch.profiler.profile(activities=activities) as profile:
         rollout()
     events = [event for event in profile.events() if event.name.startswith("cuda")]
     launching = {event.device_resource_id for event in events if "GraphLaunch" in event.name}  # of a call: its thread
