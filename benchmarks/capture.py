@@ -36,6 +36,7 @@ from transformers.generation.continuous_batching import utils as cb_utils
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.engines.transformers import capture as captures
 from moetrace.recorder import Staging
 from moetrace.shadows import shadowed
 
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--spread", type=float, default=0.5, help="lengths are drawn from new * (1 -/+ spread)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each variant, or hundreds of graph replays")
+    parser.add_argument("--against", nargs="+", choices=["naive", "ours"], default=["naive", "ours"], help="of rounds")
     parser.add_argument("--one-at-a-time", action="store_true", help="one engine in memory: start anew for each round")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -98,19 +100,24 @@ def load(args: argparse.Namespace) -> Any:
     return model.eval()
 
 
-def start(model: Any, args: argparse.Namespace, capture: bool) -> TransformersEngine:
+def start(model: Any, args: argparse.Namespace, variant: str) -> TransformersEngine:
     """An engine with room for exactly the work at hand."""
-    knobs: dict[str, Any] = {"seed": 0, "enable_return_routed_experts": capture, "max_running_requests": args.batch}
+    knobs: dict[str, Any] = {
+        "seed": 0,
+        "enable_return_routed_experts": variant != "off",
+        "max_running_requests": args.batch,
+    }
     if args.device != "cpu":
         longest = args.prompt + round(args.new * (1 + args.spread)) + 1
         tokens = -(-longest // 256) * 256 * args.batch
         knobs |= {"kv_cache_tokens": tokens * 5 // 4, "max_batch_tokens": args.batch_tokens}
-    return TransformersEngine(model, EngineConfig(**knobs))
+    with shadowed(captures, "Staging", NaiveStaging) if variant == "naive" else nullcontext():
+        return TransformersEngine(model, EngineConfig(**knobs))
 
 
 def step(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """One decode step of `batch` requests as three CUDA graphs over the same memory, replayed in turn."""
-    engine = start(model, args, capture=True)
+    engine = start(model, args, "ours")
     processor, capture = engine._manager.batch_processor, engine._capture
     assert capture is not None
     runner, io, cache = processor.model_runner, processor.inputs_and_outputs, processor.cache
@@ -185,8 +192,8 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Throughput of whole rollouts, alternating; host time of a step; synchronisations a step."""
     draw = random.Random(0)
     lengths = [round(args.new * (1 + args.spread * draw.uniform(-1, 1))) for _ in range(args.batch)]
-    variants = {"off": False, "ours": True}
-    seeds = {on: count() for on in variants.values()}
+    variants = ["off", *args.against]
+    seeds = {name: count() for name in variants}
     tokens_per_s: dict[str, list[float]] = {name: [] for name in variants}
     step_ms: dict[str, list[float]] = {name: [] for name in variants}
     tail_ms: dict[str, list[float]] = {name: [] for name in variants}
@@ -194,38 +201,38 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     host_ms: dict[str, dict[str, float]] = {}
     synchronisations: dict[str, dict[str, float]] = {}
 
-    def rollout(engine: TransformersEngine, capture: bool, part: int = 1) -> float:
+    def rollout(engine: TransformersEngine, name: str, part: int = 1) -> float:
         samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
-        fresh = torch.Generator().manual_seed(next(seeds[capture]))  # a prompt seen before would not be computed
+        fresh = torch.Generator().manual_seed(next(seeds[name]))  # a prompt seen before would not be computed
         prompts = torch.randint(0, model.config.vocab_size, (args.batch, args.prompt), generator=fresh).tolist()
         began = time.perf_counter()
         engine.pause()  # so that every round has the same steps
         running = [
-            engine.submit(prompt, sampling, return_routes=capture)
+            engine.submit(prompt, sampling, return_routes=name != "off")
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         engine.resume()
         results = [generation.result(600) for generation in running]
-        if capture:
+        if name != "off":
             assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
         return sum(lengths) / (time.perf_counter() - began)
 
-    engines = {} if args.one_at_a_time else {name: start(model, args, on) for name, on in variants.items()}
+    engines = {} if args.one_at_a_time else {name: start(model, args, name) for name in variants}
     for number in tqdm(range(args.rounds + 2), desc="rounds", mininterval=2):
-        for name, on in variants.items():
-            engine = engines.get(name) or start(model, args, on)
+        for name in variants:
+            engine = engines.get(name) or start(model, args, name)
             if args.one_at_a_time or not number:
-                warm_up(engine, partial(rollout, engine, on))
+                warm_up(engine, partial(rollout, engine, name))
             if 1 <= number <= args.rounds:
                 with ends_of_steps(engine) as ends, graphs_captured(engine) as captured:
-                    tokens_per_s[name].append(rollout(engine, on))
+                    tokens_per_s[name].append(rollout(engine, name))
                 graphs[name] += len(captured)
                 tail_ms[name].append(1e3 * (time.perf_counter() - ends[-1]))
                 step_ms[name] += [1e3 * (after - before) for before, after in pairwise(ends)]
             if number == args.rounds:
-                host_ms[name] = time_host(engine, partial(rollout, engine, on))
+                host_ms[name] = time_host(engine, partial(rollout, engine, name))
             if number > args.rounds and args.device != "cpu":  # last: after the profiler every launch takes longer
-                synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, on, PROFILED))
+                synchronisations[name] = count_synchronisations(engine, partial(rollout, engine, name, PROFILED))
             if args.one_at_a_time:
                 engine.close()
                 del engine

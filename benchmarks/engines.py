@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for each")
-    parser.add_argument("--rounds", type=int, default=5, help="of each, after a warm-up")
+    parser.add_argument("--rounds", type=int, default=10, help="of each, after some to warm up")
     parser.add_argument("--attention", default="sdpa", help="of the embedded engine (%(default)s)")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one engine (%(default)g)")
     parser.add_argument("--out", type=Path)
@@ -92,7 +92,8 @@ def prompts_of(args: argparse.Namespace) -> list[list[int]]:
 def timed(rollout: Callable[[], Any], args: argparse.Namespace) -> list[float]:
     """Tokens per second of each round."""
     rates = []
-    rollout()  # warm-up
+    for _ in range(3):  # warm-up: in a first run, one round of it left vLLM's rounds apart by a factor of three
+        rollout()
     for _ in range(args.rounds):
         began = time.perf_counter()
         rollout()
@@ -101,9 +102,14 @@ def timed(rollout: Callable[[], Any], args: argparse.Namespace) -> list[float]:
 
 
 def summary(rates: list[float], **facts: Any) -> dict[str, Any]:
-    """The median, and the range of all."""
-    spread = [round(min(rates), 1), round(max(rates), 1)]
-    return {"median_tokens_per_s": round(statistics.median(rates), 1), "range": spread, "rounds": len(rates), **facts}
+    """The median, the range, and all in their order."""
+    every = [round(rate, 1) for rate in rates]
+    return {
+        "median_tokens_per_s": statistics.median(every),
+        "range": [min(every), max(every)],
+        "rounds": every,
+        **facts,
+    }
 
 
 def vllm(args: argparse.Namespace, routes: bool) -> dict[str, Any]:

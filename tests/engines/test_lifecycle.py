@@ -22,11 +22,14 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.engines.transformers import delivery as delivery_module
+from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows
 from moetrace.engines.transformers.delivery import Delivery
 from moetrace.engines.transformers.pending import Pending
 from moetrace.engines.transformers.stopping import Stops
 from moetrace.errors import CaptureError, EngineError, RequestError, WeightsError
-from moetrace.trace import WeightSpan
+from moetrace.layout import MoeLayout
+from moetrace.trace import RoutingTrace, WeightSpan
 
 TINY = "models/tiny-qwen3-moe"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,27 +201,92 @@ def test_when_the_delivery_dies_waiting_requests_fail_and_health_says_so(dye: Dy
         engine.submit([1, 2], SamplingParams(2))
 
 
-def test_what_an_engine_delivered_before_it_stopped_reaches_who_waits() -> None:
-    """It may stop between a look at the empty queue and one at its health."""
-    pending = Pending([1], SamplingParams(2), Future(), False, frozenset(), Stops(None, SamplingParams(2)), None)
-    output = GenerationOutput("one", generated_tokens=[3, 4], logprobs=[0, 0], status=RequestStatus.FINISHED)
-    waits, outputs = threading.Event(), [None, output, None]
+def deliver(
+    outputs: list[Any], at_rest: threading.Event, *, routes: tuple[str, ...] = ()
+) -> tuple[Delivery, dict[str, Pending]]:
+    """A delivery of these outputs by an engine that stops with the first of them; and who waits, some with routes."""
+    layout, begins = MoeLayout((0,), 4, 2), threading.Event()
+    pending = {
+        name: Pending(
+            [1], SamplingParams(2), Future(), name in routes, frozenset(), Stops(None, SamplingParams(2)), None
+        )
+        for name in {output.request_id for output in outputs}
+    }
+    trace = RoutingTrace.build(np.array([[[0, 1]], [[0, 1]]]), layout, [1, 3, 4])
+    rows = CapturedRows(trace.experts_TLK, trace.valid_T, np.zeros(2, np.int32))
+    capture: Any = SimpleNamespace(
+        collect=lambda *_: rows, trace_of=lambda *_: trace, drop=lambda _: None, counts=CaptureCounts()
+    )
+    outputs = [None, *outputs]
+    all_of_them = len(outputs)
 
     def get_result(timeout: float) -> Any:
-        assert waits.wait(60)
-        return outputs.pop(0)
+        assert begins.wait(60)
+        return outputs.pop(0) if outputs else None
 
     manager = SimpleNamespace(
-        is_running=lambda: len(outputs) == 3,
+        is_running=lambda: len(outputs) == all_of_them,
         background_thread_status=SimpleNamespace(fatal_error=None),
         get_result=get_result,
     )
-    scorer: Any = SimpleNamespace(drop=lambda request_id: None)
-    delivery = Delivery(manager, None, scorer, ["0"], "an engine")
-    delivery.pending["one"] = pending
-    waits.set()
-    assert pending.future.result(60).output_tokens == [3, 4]
+    scorer: Any = SimpleNamespace(drop=lambda _: None)
+    delivery = Delivery(manager, capture, scorer, ["0"], "an engine", at_rest)
+    delivery.pending |= pending
+    begins.set()
+    return delivery, pending
+
+
+def finished(name: str) -> GenerationOutput:
+    return GenerationOutput(name, generated_tokens=[3, 4], logprobs=[0, 0], status=RequestStatus.FINISHED)
+
+
+def test_what_an_engine_delivered_before_it_stopped_reaches_who_waits() -> None:
+    """It may stop between a look at the empty queue and one at its health."""
+    delivery, pending = deliver([finished("one"), finished("two")], threading.Event(), routes=("two",))
+    assert pending["one"].future.result(60).output_tokens == [3, 4]
+    assert pending["two"].future.result(60).trace is not None
     delivery.join()
+
+
+def test_traces_wait_for_a_rest_of_the_generation_thread_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery_module, "_MOST_PATIENCE_S", 60)
+    at_rest = threading.Event()
+    outputs = [finished("traced"), finished("other"), finished("traced too")]
+    delivery, pending = deliver(outputs, at_rest, routes=("traced", "traced too"))
+    assert pending["other"].future.result(60).trace is None
+    assert not pending["traced"].future.done()
+    at_rest.set()
+    for name in ("traced", "traced too"):
+        assert pending[name].future.result(60).trace is not None
+    delivery.join()
+
+
+def test_a_generation_thread_that_never_rests_holds_up_no_trace() -> None:
+    delivery, pending = deliver([finished("traced")], threading.Event(), routes=("traced",))
+    assert pending["traced"].future.result(60).trace is not None
+    delivery.join()
+
+
+def test_the_generation_thread_rests_where_it_waits_and_where_it_has_nothing_to_do(dye: Dye, make_engine) -> None:
+    """As with asynchronous batching, where it waits for the device apart from launching."""
+    engine = make_engine(dye.model())
+    loop, processor, seen = engine._loop, engine._manager.batch_processor, list[tuple[str, bool]]()
+
+    def note(what: str) -> Any:
+        def noted(own: Any, *args: Any) -> Any:
+            seen.append((what, loop.at_rest.is_set()))
+            return own(*args)
+
+        return noted
+
+    loop.join(processor.inputs_and_outputs, "prepare_batch_update", note("waits"))
+    loop.join(processor.inputs_and_outputs, "prepare_batch_update", loop._wait)
+    loop.join(processor, "_generation_step", note("launches"))
+    assert loop.at_rest.is_set()
+    engine.submit([1, 2], SamplingParams(4)).result(60)
+    assert loop.at_rest.wait(60)
+    assert {at_rest for what, at_rest in seen if what == "waits"} == {True}
+    assert {at_rest for what, at_rest in seen[2:] if what == "launches"} == {False}
 
 
 def test_stop_texts_in_real_text() -> None:

@@ -95,16 +95,18 @@ class PulledPages:
     def __init__(self, layout: MoeLayout, rows: torch.Tensor, marks: torch.Tensor) -> None:
         self._layout, self.rows, self.marks = layout, rows, marks
         self._lock = threading.Lock()
+        self._arrived: tuple[np.ndarray, np.ndarray] | None = None
         self._computed = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows `[count * page_size, L, K]` of some pages and their marks `[count * page_size, 2]` (token, version);
         waits for the device."""
         with self._lock:
-            if self._computed is not None:
-                self._arrive()
-        rows = self.rows[first : first + count].numpy().view(self._layout.dtype)
-        marks = self.marks[first : first + count].numpy()
+            if self._arrived is None:
+                if self._computed is not None:
+                    self._arrive()
+                self._arrived = self.rows.numpy().view(self._layout.dtype), self.marks.numpy()
+        rows, marks = (pages[first : first + count] for pages in self._arrived)
         return rows.reshape(-1, self._layout.num_layers, self._layout.top_k), marks.reshape(-1, 2)
 
     def _arrive(self) -> None:

@@ -163,7 +163,7 @@ class StepCapture:
         self._store.forget()
         self.is_on = False
 
-    def collect(self, request_id: str, inputs: Sequence[int]) -> CapturedRows:
+    def collect(self, request_id: str, inputs: Sequence[int] | np.ndarray) -> CapturedRows:
         """Take away the rows of a watched request that is over: one for each token that was an input."""
         history = self._histories[request_id]
         if not history.complete.wait(_PULL_TIMEOUT_S):
@@ -176,7 +176,11 @@ class StepCapture:
         return rows
 
     def trace_of(
-        self, rows: CapturedRows, tokens: Sequence[int], engine: str, weight_spans: Sequence[WeightSpan] = ()
+        self,
+        rows: CapturedRows,
+        tokens: Sequence[int] | np.ndarray,
+        engine: str,
+        weight_spans: Sequence[WeightSpan] = (),
     ) -> RoutingTrace:
         """The trace of captured rows, recorded on these tokens."""
         return RoutingTrace.build(
@@ -204,7 +208,7 @@ class StepCapture:
         here = [_Part(first * size, len(pages) * size, pages, self._store.take(pages))] if pages else []
         return [*history.parts, *here]
 
-    def assemble(self, parts: Sequence[_Part], inputs: Sequence[int]) -> CapturedRows:
+    def assemble(self, parts: Sequence[_Part], inputs: Sequence[int] | np.ndarray) -> CapturedRows:
         """One row for each token that was an input, from settled parts, oldest first. A row counts only if its slot was
         written for that very token, and a position counts as its oldest part has it: where that has no row, a later
         one is not of the computation that the token was sampled from."""

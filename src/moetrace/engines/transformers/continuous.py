@@ -19,6 +19,7 @@ pages, and lets other threads act between two steps. What is joined and where:
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -51,6 +52,10 @@ class BatchLoop:
         self.pages = PageMap(self._cache)
         self.offloads_to_host = bool(getattr(manager.continuous_batching_config, "cpu_offload_space", 0))
         self.paused = False
+        self.at_rest = threading.Event()
+        """Set while the generation thread waits for the device or has nothing to launch: who takes Python's lock then
+        makes no step late. Always set without asynchronous batching, where that thread waits inside of its steps."""
+        self.at_rest.set()
         self._listener: PageListener | None = None
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._cancelled: dict[str, Any] = {}
@@ -68,6 +73,8 @@ class BatchLoop:
         self.join(self._offloading, "offload_requests", self._preempt)
         if self.device.type == "cuda":
             self.join(self._processor, "_generation_step", self._after_this_thread)
+        if self._processor.use_async_batching:
+            self.join(self._processor.inputs_and_outputs, "prepare_batch_update", self._wait)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +119,7 @@ class BatchLoop:
         """Leave the manager as it was; tasks that were never run fail. CUDA graphs go now, before their memory pool:
         garbage collection keeps no order, and comes at any time."""
         self._joined.close()
+        self.at_rest.set()
         for device_io in self._device_ios():
             device_io.graphs = type(device_io.graphs)()
         while not self._tasks.empty():
@@ -173,7 +181,17 @@ class BatchLoop:
                     future.set_result(task())
             except Exception as error:  # the caller's error, not the loop's
                 future.set_exception(error)
-        return own()
+        has_work = own()
+        if not has_work:
+            self.at_rest.set()
+        return has_work
+
+    def _wait(self, own: Callable[[], Any]) -> Any:
+        self.at_rest.set()
+        try:
+            return own()
+        finally:
+            self.at_rest.clear()
 
     def _schedule(self, own: Callable[..., Any], *budgets: int) -> Any:
         if self.paused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
 
+_MOST_PATIENCE_S = 0.01
+
 
 class Delivery:
     """Who waits for which sequence, and the thread that answers them.
@@ -27,6 +30,8 @@ class Delivery:
         scorer: where log-probabilities of prompts come from.
         versions: names of the weights so far, by their number; the engine appends to it.
         engine_name: as traces carry it.
+        at_rest: set while the generation thread would not miss Python's lock. Traces are put together then, if that
+            comes soon: dozens of numpy calls each, which take the lock from it and give it back one by one.
 
     Attributes:
         pending: sequences that somebody waits for, by the name that continuous batching gives them.
@@ -34,10 +39,16 @@ class Delivery:
     """
 
     def __init__(
-        self, manager: Any, capture: StepCapture | None, scorer: PromptScorer, versions: list[str], engine_name: str
+        self,
+        manager: Any,
+        capture: StepCapture | None,
+        scorer: PromptScorer,
+        versions: list[str],
+        engine_name: str,
+        at_rest: threading.Event,
     ) -> None:
         self._manager, self._capture, self._scorer = manager, capture, scorer
-        self._versions, self._engine_name = versions, engine_name
+        self._versions, self._engine_name, self._at_rest = versions, engine_name, at_rest
         self.pending: dict[str, Pending] = {}
         self.lock = threading.Lock()
         self._is_over = False
@@ -53,7 +64,7 @@ class Delivery:
         """Wait until the engine has stopped and everybody was answered."""
         self._thread.join()
 
-    def trace_of(self, rows: CapturedRows, tokens: list[int]) -> RoutingTrace:
+    def trace_of(self, rows: CapturedRows, tokens: Sequence[int] | np.ndarray) -> RoutingTrace:
         """The trace of captured rows, recorded on these tokens."""
         assert self._capture is not None
         return self._capture.trace_of(rows, tokens, self._engine_name, self._weight_spans(rows))
@@ -66,18 +77,29 @@ class Delivery:
 
     def _deliver_all(self) -> None:
         version = self._versions[0]
+        traced: list[tuple[Any, str]] = []  # finished, and the weights then
         while True:
             healthy = self.is_healthy()  # asked first: what an engine delivered before it stopped is there then
-            output = self._manager.get_result(timeout=0.05)
+            output = self._manager.get_result(timeout=0 if traced else 0.05)
             if isinstance(output, NewWeights):
                 version = output.version
+            elif output is not None and not output.is_finished():
+                self._proceed(output)
+            elif output is not None and self._has_trace(output):
+                traced.append((output, version))
             elif output is not None:
-                if output.is_finished():
-                    self._finish(output, version)
-                else:
-                    self._proceed(output)
+                self._finish(output, version)
+            elif traced:
+                self._at_rest.wait(_MOST_PATIENCE_S)
+                for finished in traced:
+                    self._finish(*finished)
+                traced = []
             elif not healthy:
                 break
+
+    def _has_trace(self, output: Any) -> bool:
+        pending = self.pending.get(output.request_id)
+        return self._capture is not None and pending is not None and pending.return_routes
 
     def _proceed(self, output: Any) -> None:
         """A sequence has a new token: end it if that completes a stop, else tell who wants to know."""
@@ -128,7 +150,7 @@ class Delivery:
             reason = "abort"
         trace = None
         if self._capture and pending.return_routes:
-            tokens = pending.prompt + generated
+            tokens = np.array(pending.prompt + generated)
             inputs = tokens if pending.sampling.is_scoring else tokens[:-1]
             try:
                 trace = self.trace_of(self._capture.collect(output.request_id, inputs), tokens)

@@ -78,7 +78,9 @@ class TransformersEngine:
         self._ids = itertools.count()
         self._closing = False
         self._manager.start()
-        self._delivery = Delivery(self._manager, self._capture, self._scorer, self._versions, self.name)
+        self._delivery = Delivery(
+            self._manager, self._capture, self._scorer, self._versions, self.name, self._loop.at_rest
+        )
 
     @classmethod
     def load(cls, path: str, config: EngineConfig | None = None) -> TransformersEngine:
