@@ -109,17 +109,20 @@ def test_forks_with_nothing_left_to_compute_before_the_fork(dye: Dye, make_engin
 def test_such_forks_beside_requests_that_compute(dye: Dye, make_engine) -> None:
     engine = make_engine(dye.model(), page_size=16)
     known = list(range(32))
-    engine.submit(known, SamplingParams(1)).result(60)
-    engine.pause()  # so that all are admitted to one step
-    samplings = {(5,): 1, (7,): 3, tuple(known): 4, (*known, 1, 2): 2, (9, 8, 7): 3}
-    running = [engine.submit(prompt, SamplingParams(6, n=n), return_routes=True) for prompt, n in samplings.items()]
-    engine.resume()
-    for generation, n in zip(running, samplings.values(), strict=True):
-        results = generation.results(60)
-        assert len(results) == n
-        for result in results:
-            assert len(result.output_tokens) == 6
-            assert_dyed(dye, result)
+
+    def generate_together(new: int, *wishes: tuple[list[int], int]) -> None:
+        engine.pause()  # so that all are admitted to one step
+        running = [engine.submit(prompt, SamplingParams(new, n=n), return_routes=True) for prompt, n in wishes]
+        engine.resume()
+        for generation, (_, n) in zip(running, wishes, strict=True):
+            results = generation.results(60)
+            assert [len(result.output_tokens) for result in results] == [new] * n
+            for result in results:
+                assert_dyed(dye, result)
+
+    generate_together(1, (known, 1), *(([9] * length, 1) for length in range(20, 26)))  # a step of more tokens
+    generate_together(6, ([5], 1), ([7], 3), (known, 4), ([*known, 1, 2], 2), ([9, 8, 7], 3))
+    generate_together(6, ([7], 3), ([9, 8], 2), ([6], 2))  # fewer tokens than requests
 
 
 def test_forks_in_a_starved_cache(dye: Dye, make_engine) -> None:

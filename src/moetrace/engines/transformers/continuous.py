@@ -197,16 +197,20 @@ class BatchLoop:
         if self.paused:
             return [], False, 0, 0
         requests, *rest = own(*budgets)
-        if requests and not any(request.query_length for request in requests):
+        if not requests:
+            return requests, *rest
+        computing = [request for request in requests if request.query_length]
+        if not computing:
             self._fork()
             return own(*budgets)
-        return requests, *rest
+        return computing, *rest
 
     def _fork(self) -> None:
         """A request is forked once all of its prompt but one token is computed, when the results of a step are looked
         at. Before that there is nothing to compute where a shared prefix brought that much at once, or where this is
         the first step after the one that computed it. A step without tokens fails on a CPU; on a GPU it samples from
-        what lay in memory, which may be NaN. So: fork now, beside whatever step is running."""
+        what lay in memory, which may be NaN. So: fork now, beside whatever step is running. In a step that computes
+        something the request is left out: its place among the logits is that of an earlier step's."""
         with shadowed(self._processor.inputs_and_outputs, "prepare_batch_update", lambda: ([], [], None)):
             type(self._processor).update_batch(self._processor)
 
