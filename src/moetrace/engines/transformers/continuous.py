@@ -53,8 +53,8 @@ class BatchLoop:
         self.offloads_to_host = bool(getattr(manager.continuous_batching_config, "cpu_offload_space", 0))
         self.paused = False
         self.at_rest = threading.Event()
-        """Set while the generation thread waits for the device or has nothing to launch: who takes Python's lock then
-        makes no step late. Always set without asynchronous batching, where that thread waits inside of its steps."""
+        """Set while the generation thread waits for the device or has nothing to launch: whoever takes Python's lock
+        then makes no step late. Always set without asynchronous batching, where that thread waits inside its steps."""
         self.at_rest.set()
         self._listener: PageListener | None = None
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -199,18 +199,17 @@ class BatchLoop:
         requests, *rest = own(*budgets)
         if not requests:
             return requests, *rest
-        computing = [request for request in requests if request.query_length]
+        computing = [request for request in requests if request.query_length]  # others have no place for their logits
         if not computing:
             self._fork()
-            return own(*budgets)
+            return self._schedule(own, *budgets)
         return computing, *rest
 
     def _fork(self) -> None:
         """A request is forked once all of its prompt but one token is computed, when the results of a step are looked
         at. Before that there is nothing to compute where a shared prefix brought that much at once, or where this is
         the first step after the one that computed it. A step without tokens fails on a CPU; on a GPU it samples from
-        what lay in memory, which may be NaN. So: fork now, beside whatever step is running. In a step that computes
-        something the request is left out: its place among the logits is that of an earlier step's."""
+        what lay in memory, which may be NaN. So: fork now, beside whatever step is running."""
         with shadowed(self._processor.inputs_and_outputs, "prepare_batch_update", lambda: ([], [], None)):
             type(self._processor).update_batch(self._processor)
 
