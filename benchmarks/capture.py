@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import cpu_name, graphs_captured, keep, large_shape, timed, warm_up
+from common import cpu_name, graphs_captured, keep, large_shape, roll_out, timed, warm_up
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching import requests as cb_requests
@@ -206,15 +206,7 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         fresh = torch.Generator().manual_seed(next(seeds[name]))  # a prompt seen before would not be computed
         prompts = torch.randint(0, model.config.vocab_size, (args.batch, args.prompt), generator=fresh).tolist()
         began = time.perf_counter()
-        engine.pause()  # so that every round has the same steps
-        running = [
-            engine.submit(prompt, sampling, return_routes=name != "off")
-            for prompt, sampling in zip(prompts, samplings, strict=True)
-        ]
-        engine.resume()
-        results = [generation.result(600) for generation in running]
-        if name != "off":
-            assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
+        roll_out(engine, prompts, samplings, name != "off")
         return sum(lengths) / (time.perf_counter() - began)
 
     engines = {} if args.one_at_a_time else {name: start(model, args, name) for name in variants}

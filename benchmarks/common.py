@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def graphs_captured(engine: Any) -> Iterator[list[None]]:
 
     with shadowed(runner, "_capture_graph", capture):
         yield captured
+
+
+def roll_out(engine: Any, prompts: Sequence[Sequence[int]], samplings: Sequence[Any], routes: bool) -> list[Any]:
+    """The results of an embedded engine for these requests, which all begin in one step: every round has the same steps
+    then. With routes, each has all of its rows."""
+    engine.pause()
+    running = [
+        engine.submit(prompt, sampling, return_routes=routes)
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    engine.resume()
+    results = [generation.result(600) for generation in running]
+    assert not routes or all(result.trace is not None and result.trace.valid_T.all() for result in results)
+    return results
 
 
 def warm_up(engine: Any, rollout: Callable[[], Any], most: int = 6) -> None:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import keep, large_shape, warm_up
+from common import keep, large_shape, roll_out, warm_up
 
 ENGINES = ("embedded", "vllm off", "vllm on")
 
@@ -179,14 +179,8 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     def rollout(name: str) -> None:
-        engine = engines[name]
-        engine.pause()  # so that every round has the same steps
-        running = [engine.submit(prompt, sampling, return_routes=name == "on") for prompt in prompts]
-        engine.resume()
-        results = [generation.result(600) for generation in running]
+        results = roll_out(engines[name], prompts, [sampling] * len(prompts), name == "on")
         assert all(len(result.output_tokens) == args.new for result in results)
-        if name == "on":
-            assert all(result.trace is not None and result.trace.valid_T.all() for result in results)
 
     for name, engine in engines.items():
         warm_up(engine, partial(rollout, name))

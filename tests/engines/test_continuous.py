@@ -161,7 +161,7 @@ def test_what_attention_leaves_for_padding_is_never_read(monkeypatch: pytest.Mon
         for prompt in (range(3), range(50), range(7, 10)):
             result = engine.submit(list(prompt), SamplingParams(4), return_routes=True).result(60)
             assert_dyed(dye, result)
-            assert result.output_tokens == [(prompt[-1] + 1 + i) % dye.vocab for i in range(4)]
+            assert result.output_tokens == dye.continuation(prompt[-1], 4)
     finally:
         engine.close()
     assert set(padding) == {64}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dye import Dye
-from test_transformers_engine import leave_nan_in_padding
+from test_transformers_engine import assert_dyed, leave_nan_in_padding
 from transformers.utils import is_flash_attn_3_available
 
 from moetrace.engines.config import EngineConfig
@@ -94,11 +94,8 @@ def test_what_lies_in_memory_is_never_read(attention: str) -> None:
         for i in range(40)
     ]
     for result in (result for generation in running for result in generation.results(60)):
-        tokens = result.prompt_tokens + result.output_tokens
-        last = result.prompt_tokens[-1]
-        assert result.output_tokens == [(last + 1 + i) % 512 for i in range(12)]
-        assert result.trace is not None
-        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens)[:-1])
+        assert result.output_tokens == dye.continuation(result.prompt_tokens[-1], 12)
+        assert_dyed(dye, result)
     engine.close()
 
 
@@ -113,10 +110,8 @@ def test_an_engine_may_begin_with_forks(prompt: list[int]) -> None:
     padding = leave_nan_in_padding(model)
     engine = TransformersEngine(model.to("cuda"), config)
     for result in engine.submit(prompt, SamplingParams(12, do_sample=True, n=4), return_routes=True).results(60):
-        tokens = result.prompt_tokens + result.output_tokens
-        assert result.output_tokens == [(prompt[-1] + 1 + i) % 512 for i in range(12)]
-        assert result.trace is not None
-        np.testing.assert_array_equal(result.trace.experts_TLK, dye.routes(tokens)[:-1])
+        assert result.output_tokens == dye.continuation(prompt[-1], 12)
+        assert_dyed(dye, result)
     assert padding
     engine.close()
 

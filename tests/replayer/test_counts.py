@@ -41,7 +41,7 @@ def monitored(traces: list[RoutingTrace], live_NLK: np.ndarray, forwards: int) -
     for _ in range(forwards):
         for layer in range(LAYOUT.num_layers):
             monitor.observe(layer, torch.from_numpy(live_NLK[:, layer]), used_N)
-    return monitor.counts()
+    return monitor.send()().counts
 
 
 BATCHES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=2, max_size=3)

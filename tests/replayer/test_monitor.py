@@ -424,7 +424,7 @@ def monitored(order: list[int], forwards: int = 1) -> ReplayStats:
     for _ in range(forwards):
         for layer in order:
             monitor.observe(layer, torch.from_numpy(live_TLK[:, layer]), torch.ones(40, dtype=torch.bool))
-    return monitor.stats()
+    return monitor.send()().counts.stats()
 
 
 @pytest.mark.parametrize("forwards", [1, 3])

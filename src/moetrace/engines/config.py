@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from moetrace.errors import EngineError
+from moetrace.ranges import require_ranges
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PLANS = ("none", "tp", "ep")
@@ -67,17 +67,15 @@ class EngineConfig:
         for name, known in (("dtype", _DTYPES), ("parallel", _PLANS)):
             if getattr(self, name) not in known:
                 raise EngineError(f"{name} is unknown", expected=" or ".join(known), got=getattr(self, name))
-        for name, least, most in (
-            ("max_model_len", 2, math.inf),
-            ("kv_cache_tokens", 1, math.inf),
-            ("page_size", 4, math.inf),  # transformers' own least
-            ("max_batch_tokens", 1, math.inf),
-            ("max_running_requests", 1, math.inf),
-            ("cpu_offload_gib", 0, math.inf),
-            ("compile_level", 0, 3),
-            ("seed", -(2**63), 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
-                raise EngineError(f"{name} is out of range", expected=expected, got=value)
+        require_ranges(
+            self,
+            EngineError,
+            max_model_len=2,
+            kv_cache_tokens=1,
+            page_size=4,  # transformers' own least
+            max_batch_tokens=1,
+            max_running_requests=1,
+            cpu_offload_gib=0,
+            compile_level=(0, 3),
+            seed=(-(2**63), 2**63 - 1),
+        )

@@ -117,7 +117,7 @@ class PulledPages:
             for host, device in zip(arrived, (self.rows, self.marks), strict=True):
                 host.copy_(device, non_blocking=True)
         copying.synchronize()
-        (self.rows, self.marks), self._computed = arrived, None
+        self.rows, self.marks = arrived
 
 
 def _index(pages: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import Variable
 
 from moetrace.errors import ShiftedRoutesError
-from moetrace.replayer.counts import Findings, looks_shifted
+from moetrace.replayer.counts import Findings, ReplayCounts, looks_shifted
 from moetrace.replayer.monitor import OverlapMonitor
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,17 @@ class ShiftAlarm:
             self._forwards = self._monitor.forwards
             self._sent = self._monitor.send()
             self._unjudged: weakref.finalize = weakref.finalize(self, _report, self._sent, self._on_shift)
+
+    def counts(self) -> ReplayCounts:
+        """What was counted so far, judged first if it was sent before. Waits for the device.
+
+        Raises:
+            TokenMismatchError: the model was called with other tokens than those that were aligned.
+            ShiftedRoutesError: as `judge`.
+        """
+        found = self._monitor.send()()
+        self.judge()
+        return found.trusted()
 
     def judge(self) -> None:
         """Judge what was sent, if nobody has yet. Waits for it to arrive.

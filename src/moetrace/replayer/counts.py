@@ -128,9 +128,22 @@ class ReplayCounts:
             **{name: getattr(self, name) + getattr(other, name) for name in names},
         )
 
+    @property
+    def _seen(self) -> int:
+        """(token, layer) pairs of all forwards that had a row to replay."""
+        return self.compared_tokens * len(self.hits_L)
+
+    def agreement(self) -> dict[str, tuple[int, int]]:
+        """`overlap`, `router_mismatch` and `token_mismatch` of `stats`, each as a count and what it is a share of."""
+        return {
+            "overlap": (sum(self.hits_L), self._seen * self.top_k),
+            "router_mismatch": (self._seen - self.same_routers, self._seen),
+            "token_mismatch": (self.differing_tokens, self.replayed_tokens if self._seen else 0),
+        }
+
     def stats(self) -> ReplayStats:
         """The shares that follow. Those of a sum are exact: no mean of means."""
-        seen = self.compared_tokens * len(self.hits_L)
+        seen = self._seen
         pairs = max(self.compared_neighbours * len(self.hits_L) * self.top_k, 1)
         gains = {"earlier": self.earlier_gain / pairs, "later": self.later_gain / pairs}
         best = max(gains, key=lambda shift: gains[shift])
@@ -139,9 +152,7 @@ class ReplayCounts:
             replayed_tokens=self.replayed_tokens,
             live_tokens=self.live_tokens,
             padding_tokens=self.padding_tokens,
-            overlap=_share(sum(self.hits_L), seen * self.top_k),
-            router_mismatch=_share(seen - self.same_routers, seen),
-            token_mismatch=_share(self.differing_tokens, self.replayed_tokens if seen else 0),
+            **{name: _share(*sums) for name, sums in self.agreement().items()},
             overlap_per_layer=tuple(_share(hits, self.compared_tokens * self.top_k) for hits in self.hits_L),
             neighbour_rows=self.neighbour_rows if self.compared_neighbours else 0,
             shift_gain=gains[best],

@@ -18,7 +18,6 @@ from moetrace.replayer.counts import (
     SEQUENCE_SHIFT_MARGIN,
     Findings,
     ReplayCounts,
-    ReplayStats,
     SequenceShift,
     looks_shifted,
 )
@@ -97,14 +96,6 @@ class OverlapMonitor:
                 self._counts[layer] = self._counts[layer] + counts if layer in self._counts else counts
         self._differs_N = differs_N if self._differs_N is None else self._differs_N | differs_N
         self._live, self._used = {}, {}
-
-    def stats(self) -> ReplayStats:
-        """The shares that follow from `counts`. Waits for the device, once."""
-        return self.counts().stats()
-
-    def counts(self) -> ReplayCounts:
-        """Everything counted so far. Waits for the device, once."""
-        return self.send()().counts
 
     def send(self) -> Callable[[], Findings]:
         """Send everything counted so far to the host; the result waits until it is there. No synchronisation here."""

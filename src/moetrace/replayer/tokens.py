@@ -63,13 +63,13 @@ class TokenCheck:
             return
         differs_N = _differ(ids.detach().cpu(), torch.from_numpy(compared_N))
         if differs_N.any():
-            raise self._error(*found_in(differs_N).tolist())
+            raise self._error(*_found_in(differs_N).tolist())
 
     def found(self, device: torch.device) -> torch.Tensor:
         """`[2]` int64 on a device: how many differ, and the number of the first. No synchronisation."""
         if self._differs_N is None:
             return torch.zeros(2, dtype=torch.int64, device=device)  # made there: bringing it would wait
-        return found_in(self._differs_N).to(device)
+        return _found_in(self._differs_N).to(device)
 
     def error_of(self, found: list[int]) -> TokenMismatchError | None:
         """What there is to raise, of what `found` gave."""
@@ -93,7 +93,7 @@ def _differ(ids: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
     return (ids.reshape(-1) != tokens_N) & (tokens_N >= 0)
 
 
-def found_in(differs_N: torch.Tensor) -> torch.Tensor:
+def _found_in(differs_N: torch.Tensor) -> torch.Tensor:
     """`[2]` int64: how many are True, and the number of the first."""
     return torch.stack([differs_N.sum(), differs_N.view(torch.uint8).argmax()])
 

@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 
 from moetrace.errors import EngineError
+from moetrace.ranges import require_ranges
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,19 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_body_bytes", 1),
-            ("max_requests", 1),
-            ("max_sequences", 1),
-            ("archive_bytes", 0),
-            ("archive_seconds", 0),
-            ("shutdown_seconds", 0),
-        ):
-            if not getattr(self, name) >= least:  # nor is NaN
-                raise EngineError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
+        require_ranges(
+            self,
+            EngineError,
+            max_body_bytes=1,
+            max_prompt_tokens=1,
+            max_requests=1,
+            max_sequences=1,
+            archive_bytes=0,
+            archive_seconds=0,
+            shutdown_seconds=0,
+        )
         if not 0 <= self.port <= 65535:
             raise EngineError("port is out of range", expected="0 (any that is free) to 65535", got=self.port)
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise EngineError("max_prompt_tokens is out of range", expected="at least 1", got=self.max_prompt_tokens)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise EngineError("the API key cannot be sent in a header", expected="printable ASCII, not empty")
 

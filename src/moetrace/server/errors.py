@@ -26,6 +26,8 @@ from moetrace.errors import (
     WeightsError,
 )
 
+REQUEST_ID = "X-Request-Id"
+
 
 def handle_errors(app: FastAPI) -> None:
     """Answer every error of the library and of parsing in one form."""
@@ -41,7 +43,7 @@ def handle_errors(app: FastAPI) -> None:
     async def own_up(request: Request, error: Exception) -> JSONResponse:  # the server logs it with its traceback
         bug = MoetraceError("the server has a bug", got=type(error).__name__, fix=_REPORT)
         name = getattr(request.state, "request_id", None)  # this answer does not come by the gate, which adds it
-        return error_response(500, bug, {"X-Request-Id": name} if name else None, path=request.url.path)
+        return error_response(500, bug, {REQUEST_ID: name} if name else None, path=request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def ignore(_: Request, error: ClientDisconnect) -> Response:

@@ -15,12 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moetrace.errors import RequestError
 from moetrace.server.config import ServerConfig
-from moetrace.server.errors import error_response
+from moetrace.server.errors import REQUEST_ID, error_response
 from moetrace.server.metrics import Metrics
 
 logger = logging.getLogger("moetrace.access")
 
-HEADER = "X-Request-Id"
 OPEN_PATHS = ("/health", "/ready", "/sglang/health")
 """Paths that need no key: what asks them has none."""
 
@@ -35,7 +34,7 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         began, status, headers = time.perf_counter(), 500, Headers(scope=scope)
-        asked = headers.get(HEADER, "")
+        asked = headers.get(REQUEST_ID, "")
         request_id = asked if re.fullmatch(r"[\x21-\x7e]{1,128}", asked) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
 
@@ -43,7 +42,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moetrace.errors import DyeError
+from moetrace.ranges import require_ranges
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -35,6 +36,4 @@ class DyeOptions:
     weight_version: int = _knob(0, "each version routes otherwise: write two to test an update of weights")
 
     def __post_init__(self) -> None:
-        for name, least in (("shared_experts", 0), ("vocab_size", 2), ("window", 2)):
-            if getattr(self, name) < least:
-                raise DyeError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
+        require_ranges(self, DyeError, shared_experts=0, vocab_size=2, window=2)

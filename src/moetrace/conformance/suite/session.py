@@ -16,6 +16,7 @@ from moetrace.conformance.suite.judge import Judgement, World, judge
 from moetrace.conformance.suite.renumbering import fits, renumbering
 from moetrace.conformance.suite.scene import Asked
 from moetrace.errors import CheckError, LackingError
+from moetrace.ranges import require_ranges
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,9 @@ class Plan:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("requests", 0),
-            ("in_flight", 1),
-            ("max_tokens", 1),
-            ("flood_tokens", 0),
-            ("pressure", 0),
-            ("pressure_tokens", 1),
-        ):
-            if getattr(self, name) < least:
-                raise CheckError(f"{name} is out of range", expected=f"at least {least}", got=getattr(self, name))
+        require_ranges(
+            self, CheckError, requests=0, in_flight=1, max_tokens=1, flood_tokens=0, pressure=0, pressure_tokens=1
+        )
         if not self.timeout > 0:  # nor is NaN
             raise CheckError("timeout is out of range", expected="more than 0 seconds", got=self.timeout)
 

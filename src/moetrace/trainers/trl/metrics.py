@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from moetrace.comparison import RoutingComparison, extreme_token_ratio, kl_k3
-from moetrace.replayer import ReplayCounts
 from moetrace.trainers.trl.rollouts import Rollout
 
 Sums = tuple[float, float]
@@ -31,16 +30,6 @@ def coverage_of(rollouts: Sequence[Rollout]) -> Sums:
     needed = [rollout.trace.num_tokens - 1 for rollout in rollouts]
     valid = [int(rollout.trace.valid_T[:rows].sum()) for rollout, rows in zip(rollouts, needed, strict=True)]
     return sum(valid), sum(needed)
-
-
-def agreement_of(counts: ReplayCounts) -> dict[str, Sums]:
-    """How the live router agreed with the routes it was given."""
-    routers = counts.compared_tokens * len(counts.hits_L)
-    return {
-        "overlap": (sum(counts.hits_L), routers * counts.top_k),
-        "router_mismatch": (routers - counts.same_routers, routers),
-        "token_mismatch": (counts.differing_tokens, counts.replayed_tokens if routers else 0),
-    }
 
 
 class Distance:

@@ -26,7 +26,7 @@ from moetrace.recorder import record
 from moetrace.replayer import ReplaySession, replay
 from moetrace.routers import tap_model
 from moetrace.trainers.trl.config import ReplayConfig
-from moetrace.trainers.trl.metrics import Distance, agreement_of, coverage_of, shares
+from moetrace.trainers.trl.metrics import Distance, coverage_of, shares
 from moetrace.trainers.trl.releases import require_supported_release
 from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 from moetrace.trainers.trl.server import ROUTES
@@ -160,7 +160,7 @@ class RoutingReplay(_SomeTrainer):
             if self._in_loss:
                 distance = Distance(self.replay_config.tau)
                 distance.add_logprobs(rollouts, parts[-1][0], mask[:, -logits_to_keep:])
-                self._log(shares(self.accelerator, agreement_of(session.counts()) | distance.of_logprobs()))
+                self._log(shares(self.accelerator, session.counts().agreement() | distance.of_logprobs()))
         return tuple(_joined(values) for values in zip(*parts, strict=True))
 
     @contextmanager
