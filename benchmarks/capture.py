@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--batch", type=int, default=256, help="requests at once")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--cached-prompts", action="store_true", help="the same ones in every round")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for each, on average")
     parser.add_argument("--spread", type=float, default=0.5, help="lengths are drawn from new * (1 -/+ spread)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens of one step")
@@ -203,8 +204,9 @@ def rounds(model: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     def rollout(engine: TransformersEngine, name: str, part: int = 1) -> float:
         samplings = [SamplingParams(max(length // part, 1), do_sample=True, ignore_eos=True) for length in lengths]
-        fresh = torch.Generator().manual_seed(next(seeds[name]))  # a prompt seen before would not be computed
-        prompts = torch.randint(0, model.config.vocab_size, (args.batch, args.prompt), generator=fresh).tolist()
+        seed = 0 if args.cached_prompts else next(seeds[name])  # a prompt seen before is not computed again
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(0, model.config.vocab_size, (args.batch, args.prompt), generator=generator).tolist()
         began = time.perf_counter()
         roll_out(engine, prompts, samplings, name != "off")
         return sum(lengths) / (time.perf_counter() - began)

@@ -18,7 +18,7 @@ from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
 from moetrace.errors import EngineError, RequestError
 
-KNOBS: dict[str, Any] = {"enable_return_routed_experts": True, "device": "cpu", "dtype": "float32", "page_size": 16}
+KNOBS: dict[str, Any] = {"enable_return_routed_experts": True, "dtype": "float32", "page_size": 16}
 
 
 def serve(engine: TransformersEngine) -> dict[str, Any]:

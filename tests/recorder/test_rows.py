@@ -239,6 +239,21 @@ def test_what_was_taken_does_not_change_when_the_slots_are_written_again(compute
         assert marks_S2[row].tolist() == [slot, 0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_however_many_pages_leave_none_waits_for_another_stream() -> None:
+    """torch has 32 streams and hands them out in turn: with one for each batch of pages, each 32nd was the engine's
+    own, and waited for the steps there."""
+    store, steps = RowStore(MoeLayout((0, 1), 300, 2), PAGES, PAGE, torch.device("cuda")), torch.cuda.Stream()
+    store.take(range(PAGES), computed=True).read(0, PAGES)  # pinned memory is there: making it may wait
+    for _ in range(40):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(steps):
+            torch.cuda._sleep(1 << 25)  # some 20 ms
+            running = steps.record_event()
+        store.take(range(PAGES), computed=True).read(0, PAGES)
+        assert not running.query()
+
+
 def test_rows_take_their_information_size() -> None:
     store = RowStore(MoeLayout(tuple(range(48)), 128, 8), 10, 256, torch.device("cpu"))
     assert store.nbytes == 2560 * (48 * 8 * 1 + 8)

@@ -21,6 +21,9 @@ from moetrace.recorder.staging import Staging
 class RowStore:
     """Rows `[S, L * K]` on the engine's device, each with the token it was computed for and its weights' version.
 
+    Attributes:
+        nbytes: bytes on the device.
+
     A row goes where its key and value go, in the step that computes them. So whoever is given a page, by a shared
     prefix or a fork, finds the rows that the page was computed with. Nothing here waits for the device.
     """
@@ -32,12 +35,10 @@ class RowStore:
         self.rows_SR = torch.zeros(num_pages * page_size, row, dtype=dtype, device=device)
         self.marks_S2 = torch.full((num_pages * page_size, 2), NO_TOKEN, dtype=torch.int32, device=device)
         self.version_1 = torch.zeros(1, dtype=torch.int32, device=device)
-        self._beside_steps = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self.rows_SR.nbytes + self.marks_S2.nbytes
+        self.nbytes: int = self.rows_SR.nbytes + self.marks_S2.nbytes
+        # Two for good: torch has 32 and hands them out in turn, so among many one would be the engine's own.
+        on_gpu = device.type == "cuda"
+        self._beside_steps, self._leaving = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
 
     def commit(self, staging: Staging, step: StepSlots) -> None:
         """Put the rows of a step's tokens into their slots: one kernel on the current stream, no padding token."""
@@ -64,7 +65,7 @@ class RowStore:
         with torch.cuda.stream(beside) if beside else nullcontext():
             index_G = _index(pages, self.rows_SR.device)
             rows = self._by_page(self.rows_SR).index_select(0, index_G)
-            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G))
+            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G), self._leaving)
         if beside:
             torch.cuda.current_stream(beside.device).wait_stream(beside)
         return pulled
@@ -90,33 +91,35 @@ class RowStore:
 
 
 class PulledPages:
-    """Pages on their way to the host. Whoever needs them first brings them over, on its own thread and stream."""
+    """Pages on their way to the host. Whoever needs them first brings them over, on its own thread and on a stream for
+    that (None on a CPU)."""
 
-    def __init__(self, layout: MoeLayout, rows: torch.Tensor, marks: torch.Tensor) -> None:
-        self._layout, self.rows, self.marks = layout, rows, marks
+    def __init__(
+        self, layout: MoeLayout, rows: torch.Tensor, marks: torch.Tensor, leaving: torch.cuda.Stream | None
+    ) -> None:
+        self._layout, self.rows, self.marks, self._leaving = layout, rows, marks, leaving
         self._lock = threading.Lock()
         self._arrived: tuple[np.ndarray, np.ndarray] | None = None
-        self._computed = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
+        self._computed = torch.cuda.current_stream(rows.device).record_event() if leaving else None
 
     def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows `[count * page_size, L, K]` of some pages and their marks `[count * page_size, 2]` (token, version);
         waits for the device."""
         with self._lock:
             if self._arrived is None:
-                if self._computed is not None:
-                    self._arrive()
+                if self._leaving is not None:
+                    self._arrive(self._leaving)
                 self._arrived = self.rows.numpy().view(self._layout.dtype), self.marks.numpy()
         rows, marks = (pages[first : first + count] for pages in self._arrived)
         return rows.reshape(-1, self._layout.num_layers, self._layout.top_k), marks.reshape(-1, 2)
 
-    def _arrive(self) -> None:
-        copying = torch.cuda.Stream(self.rows.device)
-        copying.wait_event(self._computed)  # type: ignore[arg-type]
-        with torch.cuda.stream(copying):
+    def _arrive(self, leaving: torch.cuda.Stream) -> None:
+        leaving.wait_event(self._computed)  # type: ignore[arg-type]
+        with torch.cuda.stream(leaving):
             arrived = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (self.rows, self.marks)]
             for host, device in zip(arrived, (self.rows, self.marks), strict=True):
                 host.copy_(device, non_blocking=True)
-        copying.synchronize()
+        leaving.synchronize()
         self.rows, self.marks = arrived
 
 

@@ -77,6 +77,12 @@ class CaptureCounts:
 class StepCapture:
     """Records every token of every request of one loop.
 
+    Attributes:
+        num_slots: rows there is room for: one for each token that the cache can hold.
+        nbytes: bytes that capture holds on the device.
+        is_on: whether steps commit.
+        counts: what capture did since it started.
+
     Raises:
         CaptureError: the model keeps only a window of positions, and sequences may be longer.
     """
@@ -99,6 +105,8 @@ class StepCapture:
         self.is_on = True
         self._staging = Staging(self.layout, loop.max_batch_tokens, loop.device)
         self._store = RowStore(self.layout, loop.pages.num_pages, loop.pages.page_size, loop.device)
+        self.num_slots = len(self._store.rows_SR)
+        self.nbytes: int = self._store.nbytes + self._staging.ids_LNK.nbytes
         self._histories: dict[str, _History] = {}
         self._queued: list[_Part] = []
         self._finished: list[_History] = []
@@ -107,7 +115,7 @@ class StepCapture:
         loop.listen(self)
         logger.info(
             "capture on: %d rows of %d + 8 bytes, %.1f MiB on %s; staging for %d tokens a step, %.1f MiB",
-            len(self._store.rows_SR),
+            self.num_slots,
             self.layout.row_bytes,
             self._store.nbytes / 2**20,
             loop.device,
@@ -119,16 +127,6 @@ class StepCapture:
     def order(self) -> Order:
         """Whether the captured ids are in rank order."""
         return self._staging.order
-
-    @property
-    def num_slots(self) -> int:
-        """Rows there is room for: one for each token that the cache can hold."""
-        return len(self._store.rows_SR)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that capture holds on the device."""
-        return self._store.nbytes + self._staging.ids_LNK.nbytes
 
     def close(self) -> None:
         """Leave the model as it was."""

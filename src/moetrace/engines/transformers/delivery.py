@@ -18,7 +18,8 @@ from moetrace.trace import RoutingTrace, WeightSpan
 
 logger = logging.getLogger(__name__)
 
-_MOST_PATIENCE_S = 0.01
+_MOST_PATIENCE_S = 0.05
+"""More than the host needs for a step of hundreds of sequences; less than a CUDA graph takes to be captured."""
 
 
 class Delivery:
