@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from itertools import chain
 
 import numpy as np
@@ -252,6 +254,26 @@ def test_however_many_pages_leave_none_waits_for_another_stream() -> None:
             running = steps.record_event()
         store.take(range(PAGES), computed=True).read(0, PAGES)
         assert not running.query()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pages_of_a_running_step_hold_up_no_others() -> None:
+    store = RowStore(MoeLayout((0, 1), 300, 2), PAGES, PAGE, torch.device("cuda"))
+    first = [store.take(range(PAGES), computed=computed) for computed in (True, False)]
+    for pulled in first:
+        pulled.read(0, PAGES)
+    del first, pulled  # pinned memory for both is there: making it may wait
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)  # half a second
+    running = torch.cuda.current_stream().record_event()
+    ready, late = (store.take(range(PAGES), computed=computed) for computed in (True, False))
+    waiting = threading.Thread(target=late.read, args=(0, PAGES))
+    waiting.start()
+    time.sleep(0.1)  # it waits for the step now
+    ready.read(0, PAGES)
+    assert not running.query()
+    waiting.join()
+    assert running.query()
 
 
 def test_rows_take_their_information_size() -> None:

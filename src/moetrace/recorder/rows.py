@@ -36,9 +36,10 @@ class RowStore:
         self.marks_S2 = torch.full((num_pages * page_size, 2), NO_TOKEN, dtype=torch.int32, device=device)
         self.version_1 = torch.zeros(1, dtype=torch.int32, device=device)
         self.nbytes: int = self.rows_SR.nbytes + self.marks_S2.nbytes
-        # Two for good: torch has 32 and hands them out in turn, so among many one would be the engine's own.
-        on_gpu = device.type == "cuda"
-        self._beside_steps, self._leaving = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
+        # Streams for good: torch has 32 and hands them out in turn, so among many one would be the engine's own. Pages
+        # leave on two, by `computed`: those of a step that still runs hold up no others.
+        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(3)]
+        self._beside_steps, *self._leaving = streams
 
     def commit(self, staging: Staging, step: StepSlots) -> None:
         """Put the rows of a step's tokens into their slots: one kernel on the current stream, no padding token."""
@@ -65,7 +66,7 @@ class RowStore:
         with torch.cuda.stream(beside) if beside else nullcontext():
             index_G = _index(pages, self.rows_SR.device)
             rows = self._by_page(self.rows_SR).index_select(0, index_G)
-            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G), self._leaving)
+            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G), self._leaving[computed])
         if beside:
             torch.cuda.current_stream(beside.device).wait_stream(beside)
         return pulled
