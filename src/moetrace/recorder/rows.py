@@ -82,6 +82,8 @@ class RowStore:
         had moved to the host."""
         target_G, part = _index(pages, self.rows_SR.device), slice(first, first + len(pages))
         for data, source in ((self._by_page(self.rows_SR), pulled.rows), (self._marks(), pulled.marks)):
+            if source.is_cuda:  # of another stream: it must stay when its reader has it on the host, until this is done
+                source.record_stream(torch.cuda.current_stream(source.device))
             data.index_copy_(0, target_G, source[part].to(data.device, non_blocking=True))
 
     def _by_page(self, rows_SR: torch.Tensor) -> torch.Tensor:
