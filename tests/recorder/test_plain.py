@@ -27,7 +27,7 @@ from families import (
 from torch.utils.checkpoint import checkpoint
 
 from moetrace import record, replay
-from moetrace.errors import RouterError
+from moetrace.errors import RouterError, TokenMismatchError
 from moetrace.routers import fingerprint_of, layout_of
 
 
@@ -190,6 +190,61 @@ def test_traces_of_another_batch_are_refused() -> None:
         model(random_tokens(2, 4))
     with pytest.raises(RouterError, match="not the one that ran: expected 8 tokens, got 6"):
         recording.traces(random_tokens(2, 3))
+
+
+SAME_SIZE: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], dict[str, Any]], str]] = {
+    "padding on the other side": (
+        lambda tokens, mask: {"input_ids": torch.stack([tokens[0].roll(2), tokens[1]]), "attention_mask": mask.flip(1)},
+        "sequence 0: first difference at position 0",
+    ),
+    "rows in another order": (
+        lambda tokens, mask: {"input_ids": tokens.flip(0), "attention_mask": mask.flip(0)},
+        "sequence 0: first difference at position 0",
+    ),
+    "one token": (
+        lambda tokens, mask: {"input_ids": tokens + (torch.arange(6) == 5), "attention_mask": mask},
+        "sequence 1: first difference at position 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", SAME_SIZE)
+def test_traces_of_another_batch_of_the_same_size_are_refused(wrong: str) -> None:
+    """Its rows would be those of other tokens, each of them valid."""
+    model, tokens, mask = build("mixtral"), random_tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, 4:] = 0
+    with torch.no_grad(), record(model) as recording:
+        model(tokens, attention_mask=mask)
+    batch, message = SAME_SIZE[wrong]
+    with pytest.raises(TokenMismatchError, match=message):
+        recording.traces(**batch(tokens, mask))
+    padded = tokens.masked_fill(mask == 0, 3)
+    assert [trace.num_rows for trace in recording.traces(padded, attention_mask=mask)] == [4, 6]
+
+
+def test_tokens_of_a_recording_are_those_of_its_last_forward() -> None:
+    model, first, second = build("mixtral"), random_tokens(1, 6), random_tokens(1, 6, seed=1)
+    with torch.no_grad(), record(model) as outer:
+        model(first)
+        with replay(model, traces_of(model, random_routes(6, "mixtral"), second), input_ids=second, on_shift="ignore"):
+            with record(model) as inner:
+                model(second)
+                ids = second.clone()
+                second += 1  # the caller's to change
+            with pytest.raises(TokenMismatchError, match="called with other tokens"):
+                model(first)
+    for recording in (outer, inner):
+        assert np.array_equal(recording.traces(ids)[0].experts_TLK, random_routes(6, "mixtral"))
+        with pytest.raises(TokenMismatchError):
+            recording.traces(first)
+    with torch.no_grad(), record(model) as recording:
+        model(first)
+        model(inputs_embeds=model.get_input_embeddings().weight[ids])
+    assert recording.traces(ids)[0].num_rows == 6  # nobody knows
+    model.config.image_token_id = int(first[0, 2])
+    with torch.no_grad(), record(model) as recording:
+        model(ids.where(torch.arange(6) == 2, first))
+    recording.traces(first)  # some models look up others in an image's place
 
 
 def test_two_models_recorded_at_once_do_not_mix() -> None:

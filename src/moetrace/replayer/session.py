@@ -23,9 +23,9 @@ from moetrace.replayer.counts import ReplayCounts, ReplayStats
 from moetrace.replayer.monitor import OverlapMonitor
 from moetrace.replayer.policy import ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
-from moetrace.replayer.tokens import placeholders_of, token_ids_of
 from moetrace.replayer.upload import RoutesUpload
 from moetrace.routers import ModelTap, RoutingSession, Selection, tap_model
+from moetrace.routers.inputs import placeholders_of, token_ids_of
 from moetrace.trace import RoutingTrace
 
 
@@ -184,7 +184,7 @@ def replay(
         )
     _require_model(routes, tap, type(model).__name__)
     session = ReplaySession(routes, on_shift, placeholders_of(model))
-    with tap.active(session), token_ids_of(model, session.on_tokens):
+    with tap.active(session), token_ids_of(model, session.on_tokens, innermost=True):
         yield session
     _require_all(session.lacking, tap)
     if session.forwards == 0:

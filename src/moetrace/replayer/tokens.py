@@ -1,32 +1,17 @@
 """Whether a model is called with the tokens that its routes were aligned to.
 
-Another batch of the same size passes every check of shapes, and its routes are then of nobody's tokens. What the
-model's input embeddings are called with says which tokens these are.
+Another batch of the same size passes every check of shapes, and its routes are then of nobody's tokens.
 
 Axis: N tokens of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
-
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from moetrace.errors import TokenMismatchError
 from moetrace.replayer.routes import AlignedRoutes
 from moetrace.replayer.upload import RoutesUpload
-from moetrace.routers.find import unwrapped
-from moetrace.routers.sessions import in_backward
-
-_PLACEHOLDERS = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
-
-_watches: ContextVar[tuple[tuple[int, RemovableHandle], ...]] = ContextVar("moetrace token checks", default=())
-"""Which embeddings are watched in this thread or task of asyncio, and by whom, the innermost last."""
 
 
 class TokenCheck:
@@ -96,52 +81,3 @@ def _differ(ids: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
 def _found_in(differs_N: torch.Tensor) -> torch.Tensor:
     """`[2]` int64: how many are True, and the number of the first."""
     return torch.stack([differs_N.sum(), differs_N.view(torch.uint8).argmax()])
-
-
-@contextmanager
-def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Show the token ids of every forward of this thread or task, before anything is computed with them.
-
-    Of contexts within each other only the innermost is shown any, as it is the innermost replay that decides. Where a
-    model has no input embeddings (a later stage of a pipeline), or is called with `inputs_embeds`, nothing is shown.
-    Recomputations in a backward pass are not: their forward has been.
-    """
-    embeddings = _input_embeddings(model)
-    if embeddings is None:
-        yield
-        return
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch = next((watch for watch in reversed(_watches.get()) if watch[0] == id(module)), None)
-        if watch is not own or in_backward():
-            return
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                see(value)
-                return
-
-    # First of all hooks: those of a parallel plan make shards of the ids.
-    handle = embeddings.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-    own = id(embeddings), handle
-    _watches.set((*_watches.get(), own))
-    try:
-        yield
-    finally:
-        _watches.set(tuple(watch for watch in _watches.get() if watch is not own))
-        handle.remove()
-
-
-def placeholders_of(model: nn.Module) -> frozenset[int]:
-    """Ids that stand for parts of an image, a video or a sound: some models look up others in their place."""
-    config = getattr(unwrapped(model), "config", None)
-    ids = (getattr(config, name, None) for name in _PLACEHOLDERS)
-    return frozenset(token for token in ids if isinstance(token, int))
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(unwrapped(model), "get_input_embeddings", None)
-    try:
-        found = get() if get is not None else None
-    except (AttributeError, NotImplementedError):  # as transformers says that there are none
-        return None
-    return found if isinstance(found, nn.Module) else None
