@@ -23,7 +23,7 @@ MALFORMED: list[tuple[bytes, str, tuple[int, ...]]] = [
     (b"{", "application/json", (422,)),
     (b"", "application/json", (422,)),
     (b"[]", "application/json", (422,)),
-    (b'{"inputs": "\xff\xfe"}', "application/json", (400,)),
+    (b'{"inputs": "\xff\xfe"}', "application/json", (422,)),
     (b'{"inputs": "\\ud800"}', "application/json", (400,)),
     (b'{"inputs": 3}', "application/json", (422,)),
     (b'{"inputs": [1, "a"]}', "application/json", (422,)),

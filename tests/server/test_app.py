@@ -25,7 +25,7 @@ from moetrace.engines.transformers import TransformersEngine
 from moetrace.server import create_app, generation
 from moetrace.server.lifecycle import AbortRequest
 from moetrace.server.openai.schemas import ChatRequest, CompletionRequest
-from moetrace.server.schemas import GenerateRequest
+from moetrace.server.schemas import GenerateParameters, GenerateRequest
 from moetrace.server.sglang.schemas import SGLangRequest
 
 DYE = Dye(vocab=260)  # the tiny model's tokenizer: token id = byte
@@ -210,7 +210,8 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
                 ({"stop_sequences": [[300]]}, 400, "stop token at position 0 is out of range"),
                 ({"min_new_tokens": 17}, 400, "min_new_tokens is out of range"),
                 ({"temperature": 1e-40}, 400, "temperature is out of range"),
-                ({"routed_experts_start": 0}, 400, "says how to return routes that were not asked for"),
+                ({"routed_experts_start": 1}, 400, "says how to return routes that were not asked for"),
+                ({"routed_experts_codec": "set"}, 400, "says how to return routes that were not asked for"),
                 ({"return_routed_experts": True, "routed_experts_start": 2}, 400, "expected 0 <= start <= 1 prompt"),
                 ({"return_routed_experts": True, "routed_experts_start": -1}, 400, "routed_experts_start is out of"),
                 ({"return_routed_experts": True, "routed_experts_layout": "KLT"}, 422, "routed_experts_layout is wr"),
@@ -229,6 +230,14 @@ def test_bad_input_is_refused_by_name_and_the_server_goes_on(client: TestClient,
     error = refusal(client, body, status)
     assert expected in error["message"]
     assert error["type"] == "RequestError"
+
+
+def test_every_default_may_be_sent(client: TestClient) -> None:
+    """As the example of docs/server.md does."""
+    defaults = GenerateParameters().model_dump()
+    assert {"routed_experts_start", "routed_experts_codec"} < set(defaults)
+    response = client.post("/generate", json={"inputs": "a", "parameters": defaults})
+    assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,13 @@ class GenerateParameters(BaseModel):
                 got=self.best_of,
                 fix="Ask for n sequences with return_details and rank them by their log-probabilities.",
             )
-        routing = [name for name in sorted(self.model_fields_set) if name.startswith("routed_experts_")]
-        if routing and not self.return_routed_experts:
-            raise RequestError(f"{routing[0]} says how to return routes that were not asked for", fix=_ASK)
+        changed = [
+            name
+            for name, field in sorted(type(self).model_fields.items())
+            if name.startswith("routed_experts_") and getattr(self, name) != field.default
+        ]
+        if changed and not self.return_routed_experts:
+            raise RequestError(f"{changed[0]} says how to return routes that were not asked for", fix=_ASK)
         self._check_routing_form()
         stops = [self.stop_sequences] if isinstance(self.stop_sequences, str) else self.stop_sequences or []
         runs = [tuple(stop) for stop in stops if not isinstance(stop, str)]
