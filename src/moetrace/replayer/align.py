@@ -55,7 +55,10 @@ def align(
     batch = batch_of(input_ids, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
     if len(traces) != len(batch.segments):
         raise ReplayError(
-            "each sequence of the batch needs one trace", expected=f"{len(batch.segments)} traces", got=len(traces)
+            "each sequence of the batch needs one trace",
+            expected=f"{len(batch.segments)} traces",
+            got=len(traces),
+            fix="Without cu_seqlens, or position_ids that restart, each row of input_ids is one sequence.",
         )
     layout, fingerprint = _common_model(traces)
     wanted_N = policy.wanted(batch, response_mask)
@@ -123,5 +126,6 @@ def _require_rows(number: int, segment: Segment, replayed_T: np.ndarray, live_al
             f"sequence {number} lacks {int(lacking_T.sum())} of {len(segment)} rows, "
             f"the first at position {int(np.flatnonzero(lacking_T)[0])}",
             expected="a captured row for every token but the last",
-            fix="Pass missing='live', or a bool array [B, S], to let the live router decide there.",
+            fix="If these are padding, pass the attention_mask. Else missing='live', or a bool array [B, S], lets the live"
+            " router decide there.",
         )
