@@ -306,8 +306,8 @@ class RoutingTrace:
                 f"the trace was recorded on other tokens than {whose}: first difference at position {position}",
                 expected=f"token {self.tokens[position]}",
                 got=f"token {tokens[position]}",
-                fix="Pass the traces in the order of the sequences, the token ids that the engine returned, and the mask of"
-                " a padded batch.",
+                fix="Pass the traces in the order of the sequences, the token ids that the engine returned, and the"
+                " attention_mask of a padded batch.",
             )
 
 

@@ -126,6 +126,6 @@ def _require_rows(number: int, segment: Segment, replayed_T: np.ndarray, live_al
             f"sequence {number} lacks {int(lacking_T.sum())} of {len(segment)} rows, "
             f"the first at position {int(np.flatnonzero(lacking_T)[0])}",
             expected="a captured row for every token but the last",
-            fix="If these are padding, pass the attention_mask. Else missing='live', or a bool array [B, S], lets the live"
-            " router decide there.",
+            fix="If these are padding, pass the attention_mask. If not, missing='live', or a bool array [B, S], lets"
+            " the live router decide there.",
         )
