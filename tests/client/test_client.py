@@ -172,10 +172,11 @@ def test_routes_by_reference(ask: Asker, url: str, codec: str) -> None:
     completions = ask(url, "generate", ["AB", [7, 8]], n=2, max_new_tokens=30, routes="reference", codec=codec)
     for completion in completions:
         assert completion.trace is None
-        reference = TraceReference(**json.loads(json.dumps(asdict(completion.reference))))  # as another process gets it
-        assert reference.codec == codec
+        reference = json.loads(json.dumps(asdict(completion.reference)))  # as another process gets it
+        assert TraceReference(**reference) == completion.reference
+        assert reference["codec"] == codec
         assert_dyed(replace(completion, trace=ask(url, "fetch", reference)))
-        assert ask(url, "fetch", reference.id) == ask(url, "fetch", reference)
+        assert ask(url, "fetch", reference["id"]) == ask(url, "fetch", completion.reference)
     for completion in completions:
         assert ask(url, "delete", completion.reference) is None
     for method in ("fetch", "delete"):
@@ -183,6 +184,26 @@ def test_routes_by_reference(ask: Asker, url: str, codec: str) -> None:
             ask(url, method, completions[0].reference)
     last = ask(url, "stream", "AB", max_new_tokens=5, routes="reference")[-1].completion
     assert_dyed(replace(last, trace=ask(url, "fetch", last.reference)))
+
+
+@pytest.mark.parametrize("method", ["fetch", "delete"])
+@pytest.mark.parametrize("reference", [None, {"id": "x"}, b"x"], ids=repr)
+def test_what_is_no_reference_is_refused(ask: Asker, method: str, reference: Any) -> None:
+    with refused(RequestError, "no reference to a trace", expected="a TraceReference, its fields, or its id"):
+        ask("http://nobody", method, reference)
+
+
+def test_a_closed_client_is_refused() -> None:
+    async def after_close() -> None:
+        client = AsyncClient("http://nobody")
+        await client.close()
+        await client.model()
+
+    client = Client("http://nobody")
+    client.close()
+    for call in (client.model, lambda: list(client.stream("A")), lambda: asyncio.run(after_close())):
+        with refused(RequestError, "the client is closed"):
+            call()
 
 
 def test_capture_stops_and_starts(ask: Asker, url: str) -> None:

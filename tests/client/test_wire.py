@@ -39,6 +39,12 @@ def test_a_prompt_that_is_neither_text_nor_whole_numbers_is_refused(prompt: Any)
         asked([prompt, "text"])
 
 
+@pytest.mark.parametrize("inputs", [None, 5, {"a": 1}, {1: 2}, {"text"}, b"text", iter(["a"])], ids=repr)
+def test_inputs_that_are_no_run_of_prompts_are_refused(inputs: Any) -> None:
+    with refused(RequestError, "the prompt is neither text nor token ids", got=repr(inputs)):
+        asked(inputs)
+
+
 def test_whole_numbers_of_any_kind_are_token_ids() -> None:
     for prompt in (
         np.array(PROMPT, np.uint16),
@@ -120,8 +126,6 @@ def test_what_is_asked_is_what_the_server_understands(values: dict[str, Any]) ->
 def test_values_are_checked_before_anything_is_sent() -> None:
     with refused(RequestError, "temperature is out of range", got=0):
         parameters_of({"temperature": 0})
-    with refused(RequestError, "wrong type", got="'5'"):
-        parameters_of({"max_new_tokens": "5"})
     assert parameters_of({"stop": "abc"}) == {"stop_sequences": ["abc"]}
 
 
@@ -136,9 +140,16 @@ def test_values_are_checked_before_anything_is_sent() -> None:
         ("stop_sequences", [1]),
         ("stop_sequences", [["a"]]),
         ("skip_special_tokens", "no"),
+        ("max_new_tokens", "5"),
+        ("min_new_tokens", None),
+        ("top_k", 1.5),
+        ("n", True),
+        ("temperature", "1"),
+        ("top_p", None),
+        ("seed", "7"),
     ],
 )
-def test_elements_are_checked_too(name: str, value: Any) -> None:
+def test_types_are_checked_down_to_the_elements(name: str, value: Any) -> None:
     with refused(RequestError, f"{name} has a wrong type", got=str(value)):
         parameters_of({name: value})
 

@@ -6,7 +6,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -141,18 +141,20 @@ class Calls:
                 yield Emit(event)
         events.end()
 
-    def fetch(self, reference: TraceReference | str) -> Steps[RoutingTrace]:
+    def fetch(self, reference: TraceReference | Mapping[str, Any] | str) -> Steps[RoutingTrace]:
         """The trace that a reference stands for. A download that breaks off goes on where it was.
 
         Args:
-            reference: of a `Completion`; or only its `id`, and then the tokens are not checked.
+            reference: of a `Completion`, or its fields; or only its `id`, and then the tokens are not checked.
 
         Raises:
+            RequestError: that is no reference.
             StoreError: it was deleted, or has expired.
             FormatError: what came is damaged, or not what was referred to.
             TokenMismatchError: the trace is of other tokens.
         """
-        known = reference if isinstance(reference, TraceReference) else None
+        reference = _reference_of(reference)
+        known = None if isinstance(reference, str) else reference
         digest = reference if isinstance(reference, str) else reference.id
         path = f"/routing/traces/{digest}" if known is None else known.path
         limit = None if known is None else known.num_bytes
@@ -184,12 +186,17 @@ class Calls:
                     raise
             yield Sleep(pause)
 
-    def delete(self, reference: TraceReference | str) -> Steps[None]:
+    def delete(self, reference: TraceReference | Mapping[str, Any] | str) -> Steps[None]:
         """Let the server forget a trace that it keeps.
 
+        Args:
+            reference: as of `fetch`.
+
         Raises:
+            RequestError: that is no reference.
             StoreError: it has none, or not any more.
         """
+        reference = _reference_of(reference)
         path = f"/routing/traces/{reference}" if isinstance(reference, str) else reference.path
         yield from exchange(Request("DELETE", path), self._patience, self._patience.deadline())
         yield Emit(None)
@@ -296,6 +303,16 @@ def _parameters(asked: Asked, codec: str | None, prompt_logprobs: bool, sampling
     elif asked.start:
         raise RequestError("start says which routes to return, but none were asked for", got=asked.start)
     return parameters
+
+
+def _reference_of(reference: TraceReference | Mapping[str, Any] | str) -> TraceReference | str:
+    if isinstance(reference, TraceReference | str):
+        return reference
+    try:
+        return TraceReference(**reference)
+    except TypeError as error:
+        expected = "a TraceReference, its fields, or its id"
+        raise RequestError("this is no reference to a trace", expected=expected, got=repr(reference)[:80]) from error
 
 
 def _json(reply: Reply, path: str) -> Any:

@@ -149,7 +149,7 @@ class Client:
 
     def _send(self, step: Send, opened: ExitStack) -> tuple[Reply, Iterator[bytes]]:
         try:
-            response = opened.enter_context(self._http.stream(**_arguments(step)))
+            response = opened.enter_context(self._http.stream(**_arguments(self._http, step)))
             pieces = response.iter_bytes()
             if _is_left_open(step.request, response):
                 return _reply(response), pieces
@@ -244,7 +244,7 @@ class AsyncClient:
 
     async def _send(self, step: Send, opened: AsyncExitStack) -> tuple[Reply, AsyncIterator[bytes]]:
         try:
-            response = await opened.enter_async_context(self._http.stream(**_arguments(step)))
+            response = await opened.enter_async_context(self._http.stream(**_arguments(self._http, step)))
             pieces = response.aiter_bytes()
             if _is_left_open(step.request, response):
                 return _reply(response), pieces
@@ -291,12 +291,14 @@ def _headers(api_key: str | None, headers: Mapping[str, str] | None) -> dict[str
     return both
 
 
-def _arguments(step: Send) -> dict[str, Any]:
+def _arguments(http: httpx.Client | httpx.AsyncClient, step: Send) -> dict[str, Any]:
     """What httpx needs to send a request.
 
     Raises:
         RequestError: it cannot be sent.
     """
+    if http.is_closed:
+        raise RequestError("the client is closed", fix="Make a new one, or close it later.")
     request = step.request
     left = max(step.deadline - time.monotonic(), 0.001)
     timeout = httpx.Timeout(None if math.isinf(left) else left, connect=min(left, CONNECT_SECONDS))

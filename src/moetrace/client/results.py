@@ -12,7 +12,7 @@ from moetrace.trace import RoutingTrace
 class TraceReference:
     """A trace that the server keeps for a while, to fetch later, here or elsewhere: `client.fetch(reference)`.
 
-    A trainer can be sent `dataclasses.asdict(reference)`, and makes `TraceReference(**facts)` of it.
+    A trainer can be sent `dataclasses.asdict(reference)`, and fetches that.
 
     Attributes:
         id: digest of the container, see `Container.digest`: what is fetched is that, or an error.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -27,12 +27,18 @@ _TEXT = ("add_special_tokens", "skip_special_tokens")
 """How the server's tokenizer is used; booleans that the server checks."""
 
 
-def _are(kind: type, values: Any) -> bool:
+def _are(kind: type | tuple[type, ...], values: Any) -> bool:
     is_list = isinstance(values, list | tuple)
     return is_list and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **{
+        name: ("an integer", lambda value: _are(int, [value]))
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "n")
+    },
+    **{name: ("a number", lambda value: _are((int, float), [value])) for name in ("temperature", "top_p")},
+    "seed": ("an integer, or none", lambda value: value is None or _are(int, [value])),
     "stop": ("a text, or a list of texts", lambda value: isinstance(value, str) or _are(str, value)),
     "stop_token_ids": ("a list of token ids", lambda value: _are(int, value)),
     "stop_sequences": (
@@ -41,7 +47,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **{name: ("true or false", lambda value: isinstance(value, bool)) for name in _TEXT},
 }
-"""What `SamplingParams` does not look at, or not at the elements of."""
+"""What is of which type, down to the elements; `SamplingParams` looks at the ranges."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def sampling_of(given: Mapping[str, Any]) -> SamplingParams:
     """The parameters of a request, checked by `SamplingParams`. Lists may stand for tuples, and a text for `(text,)`.
 
     Raises:
-        RequestError: one is unknown, or out of range.
+        RequestError: one is unknown, of a wrong type, or out of range.
     """
     names = [knob.name for knob in fields(SamplingParams)]
     for name in given:
@@ -68,14 +74,11 @@ def sampling_of(given: Mapping[str, Any]) -> SamplingParams:
             raise RequestError(f"parameter {name!r} is unknown", expected=", ".join((*names, *_TEXT)), got=name)
         expected, fits = _KINDS.get(name, ("", None))
         if fits is not None and not fits(given[name]):
-            raise RequestError(f"{name} has a wrong type", expected=expected, got=given[name], param=name)
+            raise RequestError(f"{name} has a wrong type", expected=expected, got=repr(given[name]), param=name)
     values = {name: _frozen(value) for name, value in given.items() if name not in _TEXT}
     if isinstance(given.get("stop"), str):
         values["stop"] = (given["stop"],)
-    try:
-        return SamplingParams(**values)
-    except TypeError as error:
-        raise RequestError(f"a parameter has a wrong type ({error})", got=dict(given)) from error
+    return SamplingParams(**values)
 
 
 def parameters_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +99,7 @@ def asked_of(inputs: Prompt | Sequence[Prompt], n: int, routes: Routes, start: i
     Raises:
         RequestError: a prompt is neither.
     """
-    is_batch = not isinstance(inputs, str) and any(isinstance(item, str) or hasattr(item, "__len__") for item in inputs)
+    is_batch = _is_run(inputs) and any(isinstance(item, str) or hasattr(item, "__len__") for item in inputs)
     prompts: Sequence[Any] = inputs if is_batch else [inputs]
     plain = [prompt if isinstance(prompt, str) else _token_ids(prompt) for prompt in prompts]
     return Asked(plain, is_batch, n, routes, start, layout)
@@ -104,12 +107,19 @@ def asked_of(inputs: Prompt | Sequence[Prompt], n: int, routes: Routes, start: i
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
     """Whole numbers as Python's; `int` alone would round others, and read texts."""
-    try:
-        return [int(operator.index(token)) for token in prompt]
-    except TypeError as error:
-        raise RequestError(
-            "the prompt is neither text nor token ids", expected="whole numbers", got=repr(prompt)[:80]
-        ) from error
+    if _is_run(prompt):
+        with suppress(TypeError):
+            return [int(operator.index(token)) for token in prompt]
+    raise RequestError(
+        "the prompt is neither text nor token ids",
+        expected="text, whole numbers, or a list of such prompts",
+        got=repr(prompt)[:80],
+    )
+
+
+def _is_run(value: Any) -> bool:
+    """Whether it holds items one after the other; text and bytes do not, and a mapping's keys are no prompts."""
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping | Set)
 
 
 @dataclass(frozen=True)
