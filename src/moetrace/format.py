@@ -23,7 +23,7 @@ def save(traces: RoutingTrace | Sequence[RoutingTrace], *, codec: str = codecs.A
 
     Args:
         traces: what to save.
-        codec: one of `moetrace.codecs.NAMES`. `set` keeps which experts were chosen but not their ranks: such a trace
+        codec: one of `moetrace.codecs.CHOICES`. `set` keeps which experts were chosen but not their ranks: such a trace
             comes back as `trace.as_set()`. `auto` takes the smallest codec that loses nothing of the trace (see
             `moetrace.codecs.resolve`), `auto+zstd` likewise.
 

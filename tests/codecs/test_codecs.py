@@ -82,6 +82,11 @@ def test_an_unknown_codec_is_refused(name: str) -> None:
         codecs.find(name)
 
 
+def test_who_asks_for_an_unknown_codec_is_told_of_auto_too() -> None:
+    with refused(FormatError, "the codec is unknown", expected="one of auto, auto+zstd, raw, bits", got="'gzip'"):
+        codecs.resolve("gzip", ids_of(SHAPES[0], 2), SHAPES[0], "rank")
+
+
 def test_sets_of_more_experts_than_the_tables_go_are_refused() -> None:
     layout = MoeLayout((0,), 1025, 2)
     with refused(FormatError, "'set' does not go so far", expected="1024", got="1025", fix="'bits'"):

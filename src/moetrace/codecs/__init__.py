@@ -61,8 +61,7 @@ def decode(name: str, data: np.ndarray, num_rows: int, layout: MoeLayout) -> np.
 
 def find(name: object) -> tuple[Codec, bool]:
     """The codec of a full name, and whether it goes under zstd."""
-    if name not in NAMES:
-        raise FormatError("the codec is unknown", expected=f"one of {', '.join(NAMES)}", got=repr(name))
+    _require_known(name, NAMES)
     base, compressed, _ = str(name).partition(_ZSTD)
     return _CODECS[base], bool(compressed)
 
@@ -73,7 +72,11 @@ def resolve(name: str, experts_TLK: np.ndarray, layout: MoeLayout, order: str) -
     The rule is that of the table in docs/performance.md, not of what happens to be installed. Ids in an order of their
     own need `bits` (`raw` where they fill their bytes anyway); a set whose ids ascend has its own codec. zstd finds
     something in ids that are bytes, little in sets, nothing in bits; ids of two bytes it makes larger than `bits`.
+
+    Raises:
+        FormatError: the codec is unknown.
     """
+    _require_known(name, CHOICES)
     if name not in (AUTO, AUTO + _ZSTD):
         return name
     compressed = name.endswith(_ZSTD)
@@ -84,6 +87,11 @@ def resolve(name: str, experts_TLK: np.ndarray, layout: MoeLayout, order: str) -
     else:
         base = "bits"
     return base + _ZSTD if compressed else base
+
+
+def _require_known(name: object, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise FormatError("the codec is unknown", expected=f"one of {', '.join(known)}", got=repr(name))
 
 
 def usable(layout: MoeLayout) -> tuple[str, ...]:
