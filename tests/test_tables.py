@@ -56,6 +56,13 @@ def test_hugging_face_datasets_reads_it(tmp_path: Path) -> None:
     assert [trace_of(row) for row in rows] == [trace for _, trace in TRACES]
 
 
+@pytest.mark.parametrize("traces", [HOLES, None, [HOLES], [(3, HOLES)], [("a", None)], {"a": HOLES}], ids=repr)
+def test_traces_without_names_are_refused(tmp_path: Path, traces: Any) -> None:
+    with refused(FormatError, "has a name", expected="(name, RoutingTrace) pairs", fix="zip(names, traces)"):
+        export_parquet(traces, tmp_path / "t.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_traces_of_two_models_are_refused(tmp_path: Path) -> None:
     with refused(LayoutMismatchError, "'other' has another layout", fix="a file of their own"):
         export_parquet([*TRACES, ("other", make_trace(range(4)))], tmp_path / "t.parquet")

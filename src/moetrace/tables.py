@@ -47,9 +47,9 @@ def export_parquet(traces: Iterable[tuple[str, RoutingTrace]], path: str | os.Pa
 
     Raises:
         LayoutMismatchError: a trace has another layout than the first one; export them apart.
-        FormatError: there are no traces, so the columns' types are unknown.
+        FormatError: there are no traces, so the columns' types are unknown; or one has no name.
     """
-    pairs = iter(traces)
+    pairs = map(_named, traces if isinstance(traces, Iterable) else [traces])
     group = list(islice(pairs, GROUP))
     if not group:
         raise FormatError("there is nothing to export", expected="at least one trace", got="none")
@@ -136,6 +136,18 @@ def _ids_of(rows: Sequence[Any], layout: MoeLayout) -> np.ndarray:
             got=f"{ids.min()} to {ids.max()}",
         )
     return ids.astype(layout.dtype)
+
+
+def _named(pair: object) -> tuple[str, RoutingTrace]:
+    match pair:
+        case (str(name), RoutingTrace() as trace):
+            return name, trace
+    raise FormatError(
+        "each row of a table has a name",
+        expected="(name, RoutingTrace) pairs",
+        got=repr(pair)[:80],
+        fix="Name them: zip(names, traces).",
+    )
 
 
 def _schema(layout: MoeLayout) -> pa.Schema:
