@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from traces import make_trace, refused
@@ -25,6 +26,12 @@ for text in sys.argv[1:]:
     traces = resolve(text)
     print(len(traces), traces[-1].token_sha256, traces[-1].experts_TLK.sum(), traces[-1].weight_version(8))
 """
+
+
+@pytest.mark.parametrize("place", ["dir", Path("dir")], ids=repr)
+def test_a_place_is_no_store(place: Any) -> None:
+    with refused(StoreError, "no store yet", expected="a Store", got=repr(place), fix="open_store"):
+        TraceStore(place)
 
 
 def test_a_reference_is_resolved_in_another_process(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,13 @@ class TraceStore:
             quota: bytes that all blobs of the store may take together; None for no bound. Writers that write at the
                 same moment may pass it by what they are writing, until they notice and take it back.
             max_age_s: seconds after which a container expires; None for never.
+
+        Raises:
+            StoreError: that is no store, but where one is.
         """
+        if isinstance(store, str | os.PathLike):
+            fix = "Open it: TraceStore(open_store(...))."
+            raise StoreError("a place is no store yet", expected="a Store", got=repr(store), fix=fix)
         self.store = store
         self._codec, self._quota, self._max_age_s = codec, quota, max_age_s
 
