@@ -20,10 +20,12 @@ from containers import KEY as SPECIFIED_KEY
 from containers import canonical, read_by_hand, sealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traces import EDGE_EXPERTS, assert_contract, make_trace, routing_traces, sha256_of
+from traces import EDGE_EXPERTS, assert_contract, make_trace, refused, routing_traces, sha256_of
 
 from moetrace import codecs
+from moetrace.container import BytesSource, Container
 from moetrace.container.envelope import envelope_parts
+from moetrace.errors import InvalidTraceError
 from moetrace.format import KEY, VERSION, load, load_file, open_file, save, save_file
 from moetrace.layout import MoeLayout
 from moetrace.trace import RoutingTrace, WeightSpan
@@ -240,6 +242,20 @@ def test_auto_keeps_the_order_of_arrival_even_of_a_set() -> None:
 
 
 # --- one trace of many ---
+
+
+def test_only_a_number_stands_for_a_trace_of_a_container() -> None:
+    container = Container(BytesSource(save([TRACE, TRACE])))
+    reads: list[Any] = [container.__getitem__, container.experts_tensor]
+    for read in reads:
+        with refused(InvalidTraceError, "the number of a trace is not a whole number", got="slice(0, 2, None)"):
+            read(slice(0, 2))
+
+
+@pytest.mark.parametrize("traces", [None, "routes.safetensors", [{"data": "AA=="}], [TRACE, None]], ids=repr)
+def test_what_is_no_trace_is_not_saved(traces: Any) -> None:
+    with refused(InvalidTraceError, "this is no trace", expected="a RoutingTrace", fix="moetrace.load_file reads"):
+        save(traces)
 
 
 def test_one_trace_of_a_batch_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from moetrace import codecs
 from moetrace.container import KEY, MAX_BYTES, VERSION, BytesSource, Container, FileSource, write
 from moetrace.files import write_whole
-from moetrace.trace import RoutingTrace
+from moetrace.trace import RoutingTrace, as_traces
 
 __all__ = ["KEY", "MAX_BYTES", "VERSION", "load", "load_file", "open_file", "save", "save_file"]
 
@@ -28,10 +28,11 @@ def save(traces: RoutingTrace | Sequence[RoutingTrace], *, codec: str = codecs.A
             `moetrace.codecs.resolve`), `auto+zstd` likewise.
 
     Raises:
+        InvalidTraceError: something else than traces is given.
         FormatError: the codec is unknown or cannot hold a trace's layout.
         MissingExtraError: it needs zstd, which is not installed.
     """
-    return write([traces] if isinstance(traces, RoutingTrace) else list(traces), codec)
+    return write(as_traces(traces), codec)
 
 
 def load(data: bytes | bytearray | memoryview, *, max_bytes: int = MAX_BYTES) -> list[RoutingTrace]:

@@ -6,7 +6,7 @@ was in force while token `start + t` was the input, that is, while the distribut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -309,6 +309,28 @@ class RoutingTrace:
                 fix="Pass the traces in the order of the sequences, the token ids that the engine returned, and the"
                 " attention_mask of a padded batch.",
             )
+
+
+def as_traces(traces: RoutingTrace | Iterable[RoutingTrace]) -> list[RoutingTrace]:
+    """One trace, or several, as a list.
+
+    Raises:
+        InvalidTraceError: something else is among them.
+    """
+    several: list[Any] = list(traces) if isinstance(traces, Iterable) and not isinstance(traces, str) else [traces]
+    for trace in several:
+        require_trace(trace)
+    return several
+
+
+def require_trace(trace: object) -> None:
+    if not isinstance(trace, RoutingTrace):
+        raise InvalidTraceError(
+            "this is no trace",
+            expected="a RoutingTrace",
+            got=repr(trace)[:80],
+            fix="A Completion has one, `trace`; moetrace.load_file reads files, and moetrace.dialects payloads.",
+        )
 
 
 def _flags(valid_T: np.ndarray) -> np.ndarray:

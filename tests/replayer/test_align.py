@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import dyed_ids, layouts, make_trace, refused, routing_traces
 
-from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
+from moetrace.errors import InvalidTraceError, LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
 from moetrace.layout import MoeLayout
 from moetrace.replayer.align import align
 from moetrace.replayer.policy import ReplayPolicy
@@ -361,6 +361,12 @@ def test_a_wrong_number_of_traces_is_refused(count: int) -> None:
         align([make_trace([1, 2])] * count, [[1, 2], [1, 2]])
 
 
+@pytest.mark.parametrize("traces", [None, "routes.safetensors", [{"data": "AA=="}], [make_trace([1, 2]), 3]], ids=repr)
+def test_what_is_no_trace_is_refused(traces: Any) -> None:
+    with refused(InvalidTraceError, "this is no trace", expected="a RoutingTrace", fix="A Completion has one"):
+        align(traces, [[1, 2], [1, 2]])
+
+
 def test_one_sequence_as_a_flat_list_is_refused() -> None:
     with refused(ReplayError, "input_ids must be a batch", got="shape (2,)"):
         align([make_trace([1, 2])], [1, 2])
@@ -520,6 +526,8 @@ def test_policies_that_mean_nothing_are_refused() -> None:
         align(trace, batch, policy=ReplayPolicy("prompt"), response_mask=[[1, 0, 1, 1]], **where)
     with refused(ReplayError, "response_mask does not fit", got="shape (1, 2)"):
         align(trace, batch, policy=ReplayPolicy("response"), response_mask=[[1, 1]], **where)
+    with refused(ReplayError, "this is no policy", expected="a ReplayPolicy", got="'response'"):
+        align(trace, batch, policy="response", **where)  # type: ignore[arg-type]
     with refused(ReplayError, "rows is unknown", got="'none'"):
         ReplayPolicy("none")
     for margin in (0.0, -1.0, float("inf"), float("nan")):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from traces import make_trace, refused
 
-from moetrace.errors import FormatError, QuotaError, StoreError
+from moetrace.errors import FormatError, InvalidTraceError, QuotaError, StoreError
 from moetrace.stores import LogWriter, TraceLog, resolve
 from moetrace.trace import RoutingTrace
 
@@ -41,6 +41,8 @@ def test_what_was_appended_is_read_in_order(tmp_path: Path) -> None:
     assert log.find("nobody") == []
     with pytest.raises(IndexError):
         log[4]
+    with refused(InvalidTraceError, "the number of a trace is not a whole number", got="slice(0, 2, None)"):
+        log[0:2]  # type: ignore[index]
 
 
 def test_a_reader_sees_what_is_finished_while_the_writer_goes_on(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moetrace.container.envelope import Envelope, Source, TensorSpec, parse_json
 from moetrace.container.header import TraceHeader
 from moetrace.container.writer import VERSION, header_sha256, payload_sha256
 from moetrace.errors import FormatError, MissingExtraError, MoetraceError
+from moetrace.layout import as_int
 from moetrace.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ class Container:
 
         Raises:
             FormatError: as the constructor; the message names the trace.
+            InvalidTraceError: that is no number.
             IndexError: there is no such trace.
         """
-        i = range(len(self))[i]
+        i = range(len(self))[as_int(i, "the number of a trace")]
         header = self.headers[i]
         self.require_room(header.decoded_bytes, f"trace {i}")
         with _naming(i):
@@ -89,7 +91,7 @@ class Container:
         """
         from moetrace.codecs.tensors import decode_tensor
 
-        i = range(len(self))[i]
+        i = range(len(self))[as_int(i, "the number of a trace")]
         header = self.headers[i]
         if header.num_valid is None:
             raise FormatError("version 1 is not decoded to a device", fix="Convert the file: moetrace convert OLD NEW")

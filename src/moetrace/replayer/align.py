@@ -15,7 +15,7 @@ from moetrace.errors import LayoutMismatchError, MissingRowError, ReplayError
 from moetrace.layout import MoeLayout
 from moetrace.replayer.policy import REPLAY_ALL, ReplayPolicy
 from moetrace.replayer.routes import AlignedRoutes, TokenMode
-from moetrace.trace import RoutingTrace
+from moetrace.trace import RoutingTrace, as_traces
 
 Missing = Literal["error", "live"]
 
@@ -45,13 +45,18 @@ def align(
         response_mask: as `input_ids`, 1 for each sampled token: for the policies "response" and "prompt".
 
     Raises:
+        InvalidTraceError: something else than traces is given.
         TokenMismatchError: a trace was recorded on other tokens than its sequence.
         LayoutMismatchError: the traces come from different models.
         MissingRowError: a token has no row and may not be routed live.
-        ReplayError: batch arguments contradict each other, or the number of traces is wrong.
+        ReplayError: batch arguments contradict each other, or the number of traces is wrong; or that is no policy.
     """
-    traces = [traces] if isinstance(traces, RoutingTrace) else list(traces)
-    policy = policy or REPLAY_ALL
+    traces = as_traces(traces)
+    policy = REPLAY_ALL if policy is None else policy
+    if not isinstance(policy, ReplayPolicy):
+        raise ReplayError(
+            "this is no policy", expected="a ReplayPolicy", got=repr(policy), fix="Write ReplayPolicy('response')."
+        )
     batch = batch_of(input_ids, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens)
     if len(traces) != len(batch.segments):
         raise ReplayError(

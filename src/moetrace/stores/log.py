@@ -22,6 +22,7 @@ from moetrace.container import MAX_BYTES, BytesSource, Container
 from moetrace.errors import QuotaError, StoreError
 from moetrace.files import sync_directory
 from moetrace.format import save
+from moetrace.layout import as_int
 from moetrace.stores.base import Reference, require_name
 from moetrace.stores.directory import DirectoryStore, open_plain
 from moetrace.stores.records import INDEX, SHARD, line_of, read_record, records_of
@@ -150,9 +151,10 @@ class TraceLog:
 
         Raises:
             FormatError: it is damaged.
+            InvalidTraceError: that is no number.
             IndexError: there is no such trace.
         """
-        record = self.records[i]
+        record = self.records[as_int(i, "the number of a trace")]
         source = open_plain(self.path / record.shard, self.path.as_uri())
         try:
             return read_record(source, record, self._max_bytes)

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from payloads import Case
 from traces import make_trace, refused
 
-from moetrace.errors import FormatError, LayoutMismatchError, MissingRowError, ReplayError, TokenMismatchError
+from moetrace.errors import (
+    FormatError,
+    InvalidTraceError,
+    LayoutMismatchError,
+    MissingRowError,
+    ReplayError,
+    TokenMismatchError,
+)
 from moetrace.layout import MoeLayout
 from moetrace.replayer import align
 from moetrace.trainers.contracts import (
@@ -140,6 +147,8 @@ def test_traces_too_few_or_of_different_models_are_refused(name: str) -> None:
         BATCHES[name].write_batch(traces, ids, depth(name))
     with refused(ReplayError, "needs one trace", expected="2 traces", got=1):
         BATCHES[name].write_batch(traces[:1], ids, depth(name))
+    with refused(InvalidTraceError, "this is no trace", got="None"):
+        BATCHES[name].write_batch([traces[0], None], ids, depth(name))  # type: ignore[list-item]
     other = make_trace(ids[1], MoeLayout((1, 2, 4), 13, 3))
     with refused(LayoutMismatchError, "not that of the batch's first trace"):
         BATCHES[name].write_batch([traces[0], other], ids, depth(name))

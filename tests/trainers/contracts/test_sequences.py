@@ -148,6 +148,12 @@ def test_other_tokens_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_list_of_traces_is_no_sequence(name: str) -> None:
+    with refused(InvalidTraceError, "this is no trace", expected="a RoutingTrace", got="[RoutingTrace("):
+        write(name, [trace_of(CASE)], CASE.tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_that_are_no_whole_numbers_are_refused_not_rounded(name: str) -> None:
     payload, bent = write(name, trace_of(CASE), CASE.tokens), [token + 0.25 for token in CASE.tokens]
     for use in (lambda: write(name, trace_of(CASE), bent), lambda: read(name, payload, bent)):

@@ -15,7 +15,7 @@ import numpy as np
 from moetrace.batch import Segment, segments_of, to_numpy
 from moetrace.errors import FormatError, LayoutMismatchError, ReplayError
 from moetrace.layout import MoeLayout
-from moetrace.trace import RoutingTrace
+from moetrace.trace import RoutingTrace, as_traces
 from moetrace.trainers.contracts.contract import Captured, Contract, Facts, Missing
 
 
@@ -53,7 +53,7 @@ class BatchContract(Contract):
             LayoutMismatchError: the traces come from different models.
             MoetraceError: as `write`.
         """
-        traces = list(traces)
+        traces = as_traces(traces)
         input_ids_BS, segments = self._segments(input_ids, attention_mask, position_ids, cu_seqlens)
         if len(traces) != len(segments):
             raise ReplayError(

@@ -17,7 +17,7 @@ from moetrace.dialects.checks import MISSING_ID, captured_rows, places_of, requi
 from moetrace.errors import FormatError, MissingRowError
 from moetrace.layout import MoeLayout
 from moetrace.tokens import as_token_ids, require_token_ids
-from moetrace.trace import Order, RoutingTrace
+from moetrace.trace import Order, RoutingTrace, require_trace
 
 Rows = Literal["inputs", "tokens", "either", "prefix"]
 Layers = Literal["all", "moe", "either"]
@@ -91,10 +91,12 @@ class Contract:
             first_row: number of the first row in a batch, from which "distinct" fillers are counted.
 
         Raises:
+            InvalidTraceError: it is no trace, or the token ids are none.
             TokenMismatchError: the trace was recorded on other tokens.
             MissingRowError: a row was not captured, and that is not permitted, or cannot be said.
             FormatError: the ids or the layers have no place in the payload.
         """
+        require_trace(trace)
         tokens_n = require_token_ids(as_token_ids(to_numpy(tokens)))
         trace.require_tokens(tokens_n, f"{self.trainer}'s sequence")
         dtype, (places, width) = self.written_dtype(trace.layout), self.axis(trace.layout, num_layers)
