@@ -8,12 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, NAMES, ONE_OF_EACH, build, config_of, routers_of
 from torch import nn
+from traces import refused
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moetrace import record, replay
-from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
+from moetrace.errors import LayoutMismatchError, NotMoeError, RouterError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
-from moetrace.routers import config_layout, find_routers, fingerprint_of, layout_of
+from moetrace.routers import config_layout, find_routers, fingerprint_of, layout_of, tap_model
 from moetrace.routers.families import TRAITS
 from moetrace.routers.find import traits_of
 
@@ -80,6 +81,13 @@ def test_a_dense_model_is_refused_as_dense() -> None:
         pass
     with pytest.raises(NotMoeError):
         config_layout(dense_config())
+
+
+@pytest.mark.parametrize("use", [layout_of, fingerprint_of, tap_model], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("model", ["path/to/model", dense_config(), None], ids=lambda model: type(model).__name__)
+def test_what_is_no_model_is_refused(use: Any, model: Any) -> None:
+    with refused(RouterError, "this is no model", expected="a torch.nn.Module", got=repr(model)[:80], fix="Load it"):
+        use(model)
 
 
 def test_a_module_without_a_config_is_refused_as_dense() -> None:

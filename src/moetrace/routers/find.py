@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from moetrace.errors import LayoutMismatchError, NotMoeError, UnsupportedRouterError
+from moetrace.errors import LayoutMismatchError, NotMoeError, RouterError, UnsupportedRouterError
 from moetrace.layout import MoeLayout
 from moetrace.routers.families import COMMON, TRAITS, RouterTraits
 
@@ -55,6 +55,7 @@ def find_routers(model: nn.Module) -> tuple[RouterSite, ...]:
     """The model's routers in layer order; those of one layer in the order of its modules.
 
     Raises:
+        RouterError: it is no model.
         NotMoeError: the model has no experts at all.
         UnsupportedRouterError: it has experts, but a router is missing, of a second layer of the same number (as
             draft heads may have), or unlike the others; or FSDP1 hides them, or PEFT trains copies of them.
@@ -114,8 +115,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that hold it as `module`: DistributedDataParallel's, DeepSpeed's.
 
     Raises:
+        RouterError: it is no model.
         UnsupportedRouterError: a wrapper is FSDP1's.
     """
+    if not isinstance(model, nn.Module):
+        raise RouterError(
+            "this is no model",
+            expected="a torch.nn.Module",
+            got=repr(model)[:80],
+            fix="Load it, as by AutoModelForCausalLM.from_pretrained; a config's layout is config_layout(config).",
+        )
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         _refuse_fsdp1(model)
         model = inner
@@ -150,7 +159,7 @@ def layout_of(model: nn.Module) -> MoeLayout:
     Works on the meta device too, so a checkpoint can be judged before its weights are loaded.
 
     Raises:
-        NotMoeError, UnsupportedRouterError: see `find_routers`.
+        RouterError: see `find_routers`.
         LayoutMismatchError: the config states other numbers than the modules have.
     """
     sites = find_routers(model)

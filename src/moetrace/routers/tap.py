@@ -275,15 +275,15 @@ def tap_model(model: nn.Module) -> ModelTap:
     """The tap of a model; all recordings and replays of one model share it.
 
     Raises:
-        NotMoeError, UnsupportedRouterError, LayoutMismatchError: see `layout_of`.
+        RouterError, LayoutMismatchError: see `layout_of`.
     """
-    if any(_is_compiled(module) for module in model.modules()):
+    whole, model = model, unwrapped(model)
+    if any(_is_compiled(module) for module in whole.modules()):
         raise UnsupportedRouterError(
             "a torch.compile'd model cannot be tapped",
             expected="the eager model, with no compiled module in it",
             fix="Pass the model as it was before torch.compile; CUDA graphs are fine.",
         )
-    model = unwrapped(model)
     with _taps_lock:
         tap = _taps.get(model)
         if tap is None or not _is_current(tap, model):
