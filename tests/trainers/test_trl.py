@@ -27,7 +27,7 @@ from moetrace.errors import (
 from moetrace.replayer import ReplayPolicy
 from moetrace.routers import fingerprint_of, layout_of
 from moetrace.trace import RoutingTrace
-from moetrace.trainers.trl import ReplayConfig
+from moetrace.trainers.trl import GRPOTrainer, ReplayConfig
 from moetrace.trainers.trl.metrics import Distance, shares
 from moetrace.trainers.trl.rollouts import Rollout, Rollouts, response_mask
 
@@ -315,10 +315,18 @@ def test_prompt_learning_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, more={"peft_config": tuning})
 
 
-@pytest.mark.parametrize("knob", [{"missing": "zeros"}, {"on_shift": "no"}, {"compare_every": -1}, {"tau": 1.0}, ROWS])
+@pytest.mark.parametrize(
+    "knob",
+    [{"missing": "zeros"}, {"on_shift": "no"}, {"compare_every": -1}, {"tau": 1.0}, ROWS, {"policy": "response"}],
+)
 def test_knobs_are_checked(knob: dict[str, Any]) -> None:
     with pytest.raises(ReplayError, match=f"{next(iter(knob))} is out of range"):
         ReplayConfig(**knob)
+
+
+def test_knobs_are_a_configuration() -> None:
+    with pytest.raises(ReplayError, match="replay is no configuration: expected a ReplayConfig"):
+        GRPOTrainer(replay={"tau": 3.0})  # type: ignore[arg-type]
 
 
 def turn(tokens: list[int], num_prompt_tokens: int, first_expert: int) -> Rollout:

@@ -16,6 +16,7 @@ import torch
 from asking import DYE, dyed_engine
 from fake_vllm import FakeLLM, fake_server
 from serving import serving
+from traces import refused
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from trl.generation import vllm_client, vllm_generation
 from trl_runs import small_model, trainer_of
@@ -201,6 +202,11 @@ def test_a_server_is_given_the_trainer_s_weights(tmp_path: Path) -> None:
             assert torch.equal(ours, new)
     finally:
         engine.close()
+
+
+def test_an_address_is_no_client() -> None:
+    with refused(RolloutError, "asked by a client", expected="a moetrace.Client", got="'http://localhost:8000'"):
+        ServerRollout("http://localhost:8000", weights=None)  # type: ignore[arg-type]
 
 
 def test_sampling_that_the_server_does_not_have_is_refused(tmp_path: Path, url: str) -> None:

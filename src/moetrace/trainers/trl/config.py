@@ -29,9 +29,10 @@ class ReplayConfig:
     tau: float = 2.0
 
     def __post_init__(self) -> None:
+        named = isinstance(self.policy, ReplayPolicy) and isinstance(self.policy.rows, str)
         for name, right, meaning in (
             ("missing", self.missing in ("error", "live"), "'error' or 'live'"),
-            ("policy", self.policy is None or isinstance(self.policy.rows, str), "rows by a name: batches differ"),
+            ("policy", self.policy is None or named, "a ReplayPolicy with rows by a name: batches differ"),
             ("on_shift", self.on_shift in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"),
             ("compare_every", self.compare_every >= 0, "0 or more"),
             ("tau", self.tau > 1, "above 1"),

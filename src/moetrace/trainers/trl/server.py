@@ -22,9 +22,14 @@ class ServerRollout:
         client: of the server.
         weights: folder to write checkpoints to, one over the other. None: the server's weights never change, and
             training is off-policy from its second step on.
+
+    Raises:
+        RolloutError: that is no client.
     """
 
     def __init__(self, client: Client, weights: str | Path | None) -> None:
+        if not isinstance(client, Client):
+            raise RolloutError("a server is asked by a client", expected="a moetrace.Client", got=repr(client))
         self._client, self._weights = client, None if weights is None else Path(weights)
         self._loaded_step = -1
 

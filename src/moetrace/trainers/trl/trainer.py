@@ -47,7 +47,7 @@ class RoutingReplay(_SomeTrainer):
         replay: the knobs; all other arguments are TRL's.
 
     Raises:
-        ReplayError: this release of TRL is not supported, or the trainer cannot be.
+        ReplayError: this release of TRL is not supported, or the trainer cannot be; `replay` is no configuration.
         NotMoeError, UnsupportedRouterError: the model has no routers, or not such as can be replayed.
     """
 
@@ -55,7 +55,9 @@ class RoutingReplay(_SomeTrainer):
 
     def __init__(self, *args: Any, replay: ReplayConfig | None = None, **kwargs: Any) -> None:
         require_supported_release()
-        self.replay_config = replay or ReplayConfig()
+        self.replay_config = ReplayConfig() if replay is None else replay
+        if not isinstance(self.replay_config, ReplayConfig):
+            raise ReplayError("replay is no configuration", expected="a ReplayConfig", got=repr(replay))
         self._rollouts = Rollouts()
         self._replayed: Sequence[Rollout] | None = None
         self._in_loss = False
