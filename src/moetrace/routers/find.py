@@ -122,8 +122,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise RouterError(
             "this is no model",
             expected="a torch.nn.Module",
-            got=repr(model)[:80],
-            fix="Load it, as by AutoModelForCausalLM.from_pretrained; a config's layout is config_layout(config).",
+            got=repr(model).partition("\n")[0],
+            fix="Load it, as by AutoModelForCausalLM.from_pretrained; moetrace.routers.config_layout reads a config.",
         )
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         _refuse_fsdp1(model)
