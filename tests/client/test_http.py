@@ -59,16 +59,9 @@ def test_what_a_header_can_have_is_sent_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "arguments", "parameters"),
-    [
-        ("generate", ["half a \ud83d pair"], {}),
-        ("generate", ["A"], {"temperature": np.float32(0.5)}),
-        ("abort", ["\udcff"], {}),
-        ("delete", ["a\nb"], {}),
-    ],
+    ("call", "argument"),
+    [("generate", "half a \ud83d pair"), ("abort", np.float32(0.5)), ("abort", "\udcff"), ("delete", "a\nb")],
 )
-def test_a_request_that_cannot_be_written_down_is_refused(
-    ask: Asker, call: str, arguments: list[str], parameters: dict[str, Any]
-) -> None:
+def test_a_request_that_cannot_be_written_down_is_refused(ask: Asker, call: str, argument: Any) -> None:
     with refused(RequestError, "cannot be sent"):
-        ask(URL, call, *arguments, **parameters)
+        ask(URL, call, argument)
