@@ -117,6 +117,12 @@ def test_a_header_longer_than_the_bytes() -> None:
         load(struct.pack("<Q", 2**64 - 1) + b"{}")
 
 
+@pytest.mark.parametrize("text", [b'{"number": 0, "id": "0"}\n', b'{\n  "architectures": []\n}'])
+def test_text_is_no_container_that_was_cut(text: bytes) -> None:
+    with refused(FormatError, "not a moetrace container", expected="'{' at byte 8"):
+        load(text)
+
+
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe{}", b'{"a":"\x80"}', "{}".encode("utf-16"), b'{"a": 1, "a": 2}', b"{" * 50_000]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -27,8 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except (MoetraceError, OSError) as error:
-        print(f"moetrace: {error}", file=sys.stderr)
+        print(f"moetrace: {_explained(error)}", file=sys.stderr)
         return 2
+
+
+_FIXES = {
+    errno.ENOENT: "Check the path; a folder to write into must be there.",
+    errno.EEXIST: "Name a folder, or a path where nothing is.",
+    errno.ENOTDIR: "Name a path below a folder, not below a file.",
+    errno.EISDIR: "Name a file in that folder.",
+}
+
+
+def _explained(error: MoetraceError | OSError) -> Exception:
+    """What to print: of the operating system's error with a path, what to do about it."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return error
+    return MoetraceError(f"{error.filename} cannot be used", got=error.strerror, fix=_FIXES.get(error.errno or 0))
 
 
 def _parser() -> argparse.ArgumentParser:

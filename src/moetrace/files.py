@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +22,7 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         durable: leave the block only when the disk has it.
 
     Raises:
-        OSError: the disk is full, or the like; nothing is left behind.
+        OSError: the disk is full, or the like; nothing is left behind. It names `path`, never the hidden name.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -32,8 +32,11 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == os.fspath(part):
+            error.filename, error.filename2 = os.fspath(path), None
+        with suppress(OSError):  # what went wrong first is what counts
+            part.unlink()
         raise
     if durable:
         sync_directory(path.parent)

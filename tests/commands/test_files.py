@@ -318,6 +318,26 @@ def test_what_cannot_be_done_is_2(tmp_path: Path, command: list[str], capsys: py
     assert "none" in captured.err
 
 
+def test_a_wrong_path_is_named_as_it_was_given_with_what_to_do(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere, folder, below = tmp_path / "none", tmp_path / "folder", path / "out"
+    folder.mkdir()
+    for wrong, what, *command in (
+        (nowhere, "Check the path", "inspect", nowhere),
+        (nowhere / "out", "a folder to write into must be there", "convert", path, nowhere / "out"),
+        (nowhere / "out", "a folder to write into must be there", "export", path, nowhere / "out"),
+        (folder, "Name a file", "convert", path, folder),
+        (folder, "Name a file", "export", path, folder),
+        (below, "not below a file", "convert", path, below),
+    ):
+        assert main([str(argument) for argument in command]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"moetrace: {wrong} cannot be used: got ")
+        assert what in told
+    assert list(folder.iterdir()) == []
+
+
 def test_the_limit_is_kept(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(path), "--max-bytes", "1000"]) == 2
     assert "the limit" in capsys.readouterr().err

@@ -286,3 +286,9 @@ def test_a_server_without_routes_and_one_without_a_key(capsys: Any, prompts: Pat
     code, _, said = run(capsys, prompts, url, "--concurrency", "0")
     assert code == 2
     assert "concurrency is out of range" in said
+
+
+def test_a_file_where_the_folder_shall_be(capsys: Any, prompts: Path, url: str) -> None:
+    code, _, said = run(capsys, prompts, url, "--out", str(prompts))
+    assert code == 2
+    assert said == f"moetrace: {prompts} cannot be used: got File exists. Name a folder, or a path where nothing is.\n"
