@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +70,21 @@ class MoeLayout:
                 got=self,
                 fix="Replay a trace on the model that recorded it; layers are absolute decoder-layer numbers.",
             )
+
+
+def fingerprint_from(
+    routers: list[list[int]], *, model_type: Any, hidden_size: Any, num_hidden_layers: Any, vocab_size: Any
+) -> str:
+    """The fingerprint of a model, see `moetrace.routers.fingerprint_of`: of the layer, E and K of each router in their
+    order, and of facts of its config."""
+    facts = {
+        "routers": routers,
+        "model_type": model_type,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "vocab_size": vocab_size,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def as_int(value: object, what: str) -> int:

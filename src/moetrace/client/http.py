@@ -98,7 +98,7 @@ class Client:
     ) -> None:
         self._calls = Calls(Patience(timeout, retries), layout)
         self._http = httpx.Client(
-            base_url=_checked(url), headers=_headers(api_key, headers), limits=_LIMITS, transport=transport
+            base_url=checked_url(url), headers=_headers(api_key, headers), limits=_LIMITS, transport=transport
         )
 
     generate = _sync(Calls.generate)
@@ -193,7 +193,7 @@ class AsyncClient:
     ) -> None:
         self._calls = Calls(Patience(timeout, retries), layout)
         self._http = httpx.AsyncClient(
-            base_url=_checked(url), headers=_headers(api_key, headers), limits=_LIMITS, transport=transport
+            base_url=checked_url(url), headers=_headers(api_key, headers), limits=_LIMITS, transport=transport
         )
 
     generate = _async(Calls.generate)
@@ -269,7 +269,8 @@ async def _none() -> AsyncIterator[bytes]:
     yield b""
 
 
-def _checked(url: str) -> httpx.URL:
+def checked_url(url: str) -> httpx.URL:
+    """A server's URL; raises `RequestError` for what is none."""
     try:
         checked = httpx.URL(url)
     except httpx.InvalidURL as error:

@@ -8,8 +8,6 @@ to family, is only a cross-check. Vision and audio towers are not looked at: a t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from moetrace.errors import LayoutMismatchError, NotMoeError, RouterError, UnsupportedRouterError
-from moetrace.layout import MoeLayout
+from moetrace.layout import MoeLayout, fingerprint_from
 from moetrace.routers.families import COMMON, TRAITS, RouterTraits
 
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -195,14 +193,11 @@ def fingerprint_of(model: nn.Module, sites: Sequence[RouterSite] | None = None) 
     """
     sites = find_routers(model) if sites is None else sites
     config = _text_config(model)
-    facts = {
-        "routers": [[site.layer, site.num_experts, site.top_k] for site in sites],
-        "model_type": getattr(config, "model_type", None),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "vocab_size": getattr(config, "vocab_size", None),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return fingerprint_from(
+        [[site.layer, site.num_experts, site.top_k] for site in sites],
+        **{name: getattr(config, name, None) for name in names},
+    )
 
 
 def traits_of(module: nn.Module) -> RouterTraits:

@@ -19,7 +19,7 @@ from moetrace.conformance.suite import Answer, Ask, Plan, Report, Rows, check_en
 from moetrace.conformance.suite.adapters.http import HttpSubject
 from moetrace.conformance.suite.adapters.opening import open_subject
 from moetrace.conformance.suite.adapters.vllm import sampling_of
-from moetrace.errors import CheckError, LackingError
+from moetrace.errors import CheckError, LackingError, RequestError
 
 DIGITS = digits_for(1024, two=True)
 FORM = DyeForm("qwen3_moe", DIGITS, 64, 4, (1, 2), 3, eos_token_id=math.prod(DIGITS) - 1)
@@ -147,6 +147,36 @@ def test_nobody_at_home_and_strangers() -> None:
         client = httpx.AsyncClient(base_url="http://engine", transport=transport)
         with pytest.raises(CheckError, match=what):
             asyncio.run(open_subject("http://engine", FORM, client=client))
+
+
+def test_what_is_no_url_is_refused_as_by_the_client() -> None:
+    with pytest.raises(RequestError, match="expected http://HOST:PORT or https://HOST, got 'localhost:8000'"):
+        asyncio.run(open_subject("localhost:8000", FORM))
+
+
+@pytest.mark.parametrize("dialect", ["auto", "moetrace"])
+def test_a_server_that_wants_a_key_says_so(dialect: str) -> None:
+    def reply(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 401, json={"error": {"message": "who?"}})
+
+    async def run() -> None:
+        client = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(reply))
+        report = await run_suite(await open_subject("http://engine", FORM, dialect, client=client), FORM, PLAN)
+        raise CheckError(report.untestable)
+
+    with pytest.raises(CheckError, match=r"answers 401: who\?.* Pass the server's key as --api-key"):
+        asyncio.run(run())
+
+
+def test_a_checkpoint_that_does_not_know_the_tokens_is_another_one() -> None:
+    def reply(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/generate":
+            return httpx.Response(400, json={"error": "token id 1000 is out of range"})
+        return FakeLightLLM(FORM).reply(request)
+
+    report = checked(httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(reply)))
+    assert "a plain request is refused (/generate answers 400: token id" in report.untestable
+    assert report.untestable.endswith("Serve the folder that --dye names.")
 
 
 def test_a_key_that_cannot_be_sent_is_refused() -> None:

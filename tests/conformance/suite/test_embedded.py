@@ -20,12 +20,14 @@ import pytest
 import uvicorn
 
 from moetrace.conformance.dye.checkpoint import write_dye
+from moetrace.conformance.dye.form import DyeForm
 from moetrace.conformance.dye.options import DyeOptions
 from moetrace.conformance.suite import CASES, Bug, Plan, Report, check_engine, run_suite
 from moetrace.conformance.suite.adapters.opening import open_subject
 from moetrace.conformance.suite.run import load_forms
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.errors import CheckError
 from moetrace.server import create_app
 
 OPTIONS = DyeOptions(num_experts=32, top_k=4, num_layers=3, dense_first=1, vocab_size=1024, window=640, dtype="float32")
@@ -102,6 +104,18 @@ def test_the_server_passes_in_the_dialects_of_others(url: str, folders: tuple[Pa
         report = checked(url + path, folders, plain | names, None, dialect)
         assert report.exit_code == 0, report.text()
         assert {check.status for check in report.checks} == {"passed"}
+
+
+def test_a_server_of_another_dye_is_not_tested(url: str, folders: tuple[Path, Path]) -> None:
+    form = DyeForm.load(folders[0])
+    for other, what in (
+        (replace(form, architecture="mixtral"), "has another fingerprint"),
+        (replace(form, top_k=6), "has another layout: expected {'layers': [1, 2], 'num_experts': 32, 'top_k': 6}"),
+        (replace(form, digits=(27, 26)), "has another vocab_size: expected 702"),
+    ):
+        with pytest.raises(CheckError, match="the server does not serve this dye") as caught:
+            asyncio.run(open_subject(url, other))
+        assert what in str(caught.value)
 
 
 def test_the_engine_passes_in_this_process(engine: TransformersEngine, folders: tuple[Path, Path]) -> None:

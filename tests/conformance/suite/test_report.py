@@ -36,7 +36,7 @@ REPORT = Report(
 
 def test_text_has_a_table_findings_in_groups_and_a_verdict() -> None:
     lines = REPORT.text().splitlines()
-    assert lines[0] == "an engine 1.0 (lightllm) on a dye, seed 7"
+    assert lines[0] == "an engine 1.0 (lightllm) against a dye, seed 7"
     assert lines[3].split() == ["first", "passed", "2", "30", "a", "note"]
     assert lines[5].split()[:2] == ["third", "skipped"]
     assert lines[5].endswith("has no such thing")

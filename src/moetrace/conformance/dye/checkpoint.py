@@ -33,7 +33,7 @@ from moetrace.routers import find_routers
 _ADDS_NOTHING = re.compile(r"(^|\.)(o_proj|down_proj)(\.|_bias$|$)")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEAD = 2.0
-_HEADS, _HEAD_DIM = 8, 64
+_HEAD_DIM = 64
 _ONE_DIGIT_LIMIT = 8192
 _CHECKED_TOKENS = 257
 
@@ -149,11 +149,10 @@ def _family(architecture: str) -> DyeFamily:
 
 
 def _config(form: DyeForm, options: DyeOptions, family: DyeFamily) -> PreTrainedConfig:
-    hidden = _HEADS * _HEAD_DIM * -(-sum(form.digits) // (_HEADS * _HEAD_DIM))
-    heads = hidden // _HEAD_DIM
+    heads = form.hidden_size // _HEAD_DIM
     values: dict[str, Any] = {
         "vocab_size": form.vocab_size,
-        "hidden_size": hidden,
+        "hidden_size": form.hidden_size,
         "intermediate_size": 256,
         "num_hidden_layers": form.num_layers,
         "num_attention_heads": heads,

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moetrace.errors import DyeError
-from moetrace.layout import MoeLayout
+from moetrace.layout import MoeLayout, fingerprint_from
 from moetrace.trace import Order
 
 FILE_NAME = "dye.json"
 _FORMAT = "moetrace-dye-1"
+_WIDTH = 512
+"""The hidden size is a multiple of this."""
 
 
 class Pool(NamedTuple):
@@ -109,6 +111,22 @@ class DyeForm:
     def layout(self) -> MoeLayout:
         """The layout of the model's traces."""
         return MoeLayout(self.layers, self.num_experts, self.top_k)
+
+    @property
+    def hidden_size(self) -> int:
+        """The smallest in which every digit has a place of its own."""
+        return _WIDTH * -(-sum(self.digits) // _WIDTH)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the checkpoint, which traces of it carry."""
+        return fingerprint_from(
+            [[layer, self.num_experts, self.top_k] for layer in self.layers],
+            model_type=self.architecture,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_layers,
+            vocab_size=self.vocab_size,
+        )
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:

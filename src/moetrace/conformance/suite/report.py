@@ -47,7 +47,8 @@ class Report:
 
     Attributes:
         engine, dialect: who was tested, and in which dialect.
-        checkpoint: the dye, in words.
+        checkpoint: the dye that answers were judged by, in words. Few dialects tell whether it is that one, or one of
+            another architecture and the same sizes.
         seed: of the prompts.
         checks: in the order they ran.
         untestable: why nothing could be tested, or "".
@@ -96,7 +97,7 @@ class Report:
 
     def text(self) -> str:
         """For people."""
-        lines = [f"{self.engine} ({self.dialect}) on {self.checkpoint}, seed {self.seed}", ""]
+        lines = [f"{self.engine} ({self.dialect}) against {self.checkpoint}, seed {self.seed}", ""]
         if self.checks:
             width = max(len(check.name) for check in self.checks)
             lines.append(f"{'check':{width}}  {'':7}  {'sequences':>9}  {'rows':>9}  findings")

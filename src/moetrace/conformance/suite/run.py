@@ -22,6 +22,7 @@ Progress = Callable[[str], None]
 """Told of every answer: the name of its check."""
 
 _LEAST_TOKENS = 512
+_SERVE = "Serve the folder that --dye names."
 _PAYLOADS_WHY = (
     "Every payload is read by the dialect's strict reader: its shape, type, marks and hashes are what they say."
 )
@@ -152,7 +153,9 @@ async def _probe(session: Session) -> None:
     try:
         answers = await session.one(Ask(session.tokens(8), 8), optional=True)
     except LackingError as error:
-        raise CheckError(f"a plain request is refused ({error.what})", got=error.got, fix=error.fix) from error
+        raise CheckError(
+            f"a plain request is refused ({error.what})", got=error.got, fix=error.fix or _SERVE
+        ) from error
     if not answers:
         raise CheckError(f"a plain request failed ({session.tally.findings[0].detail})")
     if any(finding.bug is Bug.TOKENS for finding in session.tally.findings):
@@ -160,7 +163,7 @@ async def _probe(session: Session) -> None:
             "the engine's tokens are not those of this checkpoint",
             expected="the next token of v is v + 1",
             got=list(answers[0].output),
-            fix="Serve the folder that --dye names. If it does, its logits are wrong, and its routes mean nothing.",
+            fix=f"{_SERVE} If it does, its logits are wrong, and its routes mean nothing.",
         )
     if answers[0].rows is None:
         raise CheckError(

@@ -16,7 +16,8 @@ from moetrace.errors import CheckError, LackingError
 _LATER = 429
 SECONDS_TO_TELL = 30.0
 """In which an engine says what it is, without computing anything; requests have the plan's timeout."""
-_NOT_FOUND = 404
+KEY_REFUSED = (401, 403)
+"""Statuses of a server that wants a key, or another one."""
 
 
 class HttpSubject:
@@ -105,7 +106,8 @@ def require_ok(path: str, response: httpx.Response) -> None:
     for key in ("error", "message", "detail"):
         told = told[key] if isinstance(told, dict) and key in told else told
     what = f"{path} answers {response.status_code}: {str(told)[:300].rstrip('.')}"
-    raise LackingError(what) if response.is_client_error else CheckError(what)
+    fix = "Pass the server's key as --api-key." if response.status_code in KEY_REFUSED else None
+    raise (LackingError if response.is_client_error else CheckError)(what, fix=fix)
 
 
 def field(answer: Any, path: str, *keys: str | int) -> Any:

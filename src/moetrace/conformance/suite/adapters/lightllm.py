@@ -82,8 +82,19 @@ class MoetraceSubject(LightLLMSubject):
     dialect = "moetrace"
 
     async def open(self) -> None:
-        """`/model` tells."""
+        """`/model` tells, and must tell of this dye."""
         model = await self.get("/model") or {}
+        form = self.form
+        layout = {"layers": list(form.layers), "num_experts": form.num_experts, "top_k": form.top_k}
+        facts = {"vocab_size": form.vocab_size, "layout": layout, "fingerprint": form.fingerprint}
+        for name, right in facts.items():
+            if model.get(name) not in (None, right):
+                raise CheckError(
+                    f"the server does not serve this dye ({form.words}): its model has another {name}",
+                    expected=right,
+                    got=model[name],
+                    fix="Serve the folder that --dye names.",
+                )
         self.name, self.window = f"moetrace, {model.get('engine')}", model.get("window")
 
     async def ask(self, ask: Ask) -> Sequence[Answer]:
