@@ -405,11 +405,22 @@ def test_when_the_generation_thread_dies_waiting_requests_fail_and_health_says_s
         engine.submit([1, 2], SamplingParams(5))
 
 
-def test_a_dense_model_with_capture_is_refused_before_its_weights_load(tmp_path, monkeypatch) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+def dense_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+
+def test_routes_of_a_dense_model_are_refused_without_naming_a_flag_that_it_refuses(make_engine) -> None:
+    engine = make_engine(dense_model(), enable_return_routed_experts=False)
+    for asking in (lambda: engine.submit([1, 2], SamplingParams(5), return_routes=True), engine.start_capture):
+        with pytest.raises(CaptureOffError, match=r"is a dense model.*Ask without them") as caught:
+            asking()
+        assert "--enable" not in str(caught.value)
+
+
+def test_a_dense_model_with_capture_is_refused_before_its_weights_load(tmp_path, monkeypatch) -> None:
+    dense_model().save_pretrained(tmp_path)
 
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded")

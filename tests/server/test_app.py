@@ -168,11 +168,11 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
         (b"\xff", 422, "not JSON: expected a JSON object"),
         (b"[" * 100_000, 422, "not JSON: expected a JSON object"),
         (b"[]", 422, "the request body is wrong"),
-        (b"{}", 422, "inputs is wrong: expected Field required"),
+        (b"{}", 422, "inputs is missing. See /docs"),
         (b'{"inputs": 3}', 422, "expected text, or a list of token ids, or a list of either, got 3"),
         (b'{"inputs": ["a", 1]}', 422, "expected text, or a list of token ids"),
         (b'{"inputs": "\\ud800"}', 400, "not valid Unicode"),
-        (b'{"inputs": "a", "prompt": "b"}', 422, "prompt is wrong"),
+        (b'{"inputs": "a", "prompt": "b"}', 422, "prompt is unknown: got 'b'. See /docs"),
         (b'{"inputs": "a", "parameters": {"temperature": NaN}}', 400, "temperature is out of range"),
         ({"inputs": ""}, 400, "the prompt is empty"),
         ({"inputs": [1, 260]}, 400, "token id at position 1 is out of range: expected 0 <= id < 260, got 260"),
@@ -182,7 +182,11 @@ def test_neutral_values_of_parameters_we_do_not_have_are_accepted(client: TestCl
         ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, 400, "nothing is to be generated, and nothing of"),
         ({"inputs": "a", "parameters": {"max_new_tokens": -5}}, 400, "expected an integer >= 0 (0: score"),
         ({"inputs": "a", "parameters": {"max_new_tokens": 512}}, 400, "at most 511 after a prompt of 1"),
-        ({"inputs": "a", "parameters": {"max_new_tokens": "9"}}, 422, "parameters.max_new_tokens is wrong"),
+        (
+            {"inputs": "a", "parameters": {"max_new_tokens": "9"}},
+            422,
+            "max_new_tokens is wrong: expected a valid integer, got '9'",
+        ),
         ({"inputs": "a", "parameters": {"max_new_tokens": True}}, 422, "parameters.max_new_tokens is wrong"),
         ({"inputs": "a", "parameters": {"top_p": 0}}, 400, "top_p is out of range"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, 400, "top_k is out of range"),
@@ -262,9 +266,18 @@ def test_half_a_character_is_never_a_bug(client: TestClient, path: str, body: by
 
 
 def test_an_unknown_path_is_refused_in_the_same_form(client: TestClient) -> None:
-    response = client.get("/nowhere")
-    assert response.status_code == 404
-    assert "Not Found" in response.json()["error"]["message"]
+    for method, path, status, what in (
+        ("GET", "/nowhere", 404, "Not Found"),
+        ("POST", "/generate/generate", 404, "Not Found"),
+        ("POST", "/v1/generate", 404, "Not Found"),
+        ("GET", "/generate", 405, "Method Not Allowed"),
+    ):
+        response = client.request(method, path)
+        assert response.status_code == status
+        message = response.json()["error"]["message"]
+        assert message.startswith(
+            f"the request cannot be served ({what}): got {method} {path}. See /docs for the paths"
+        )
 
 
 def test_health_tells_what_is_served(client: TestClient) -> None:

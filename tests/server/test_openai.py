@@ -343,7 +343,7 @@ COMPLETIONS: Refused = [
 ]
 CHATS: Refused = [
     ({"return_routed_experts": True}, "return_routed_experts", "/generate"),
-    ({"messages": []}, "messages", "messages is wrong"),
+    ({"messages": []}, "messages", "messages is wrong: expected at least 1 item"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages.0.role is not supported"),
     ({"messages": [{"role": "user"}]}, "messages", "messages.0.content is wrong"),
     ({"messages": [*USER, {"role": "user", "content": "!"}]}, "messages", "no shouting"),
@@ -416,7 +416,7 @@ def test_what_makes_no_difference_is_accepted(client: openai.OpenAI) -> None:
     [
         ("completions", b"{", "not JSON"),
         ("completions", b'{"model": "dyed", "prompt": "A", "stream_options": {}}', "stream_options are for streams"),
-        ("completions", b'{"prompt": "A"}', "model is wrong: expected Field required"),
+        ("completions", b'{"prompt": "A"}', "model is missing. See /docs"),
         ("completions", b'{"model": "dyed", "prompt": "\\ud800"}', "not valid Unicode"),
         ("chat/completions", b'{"model": "dyed", "messages": [{"role": "user", "content": "\\ud800"}]}', "surrogates"),
     ],

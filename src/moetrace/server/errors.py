@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,11 +59,16 @@ def handle_errors(app: FastAPI) -> None:
         if error.status_code == 400:  # FastAPI's own, of JSON that Python cannot hold: text that is not UTF-8, too deep
             unreadable = RequestError("the request body is not JSON", expected="a JSON object", got=error.detail)
             return error_response(422, unreadable, path=request.url.path)
-        refusal = RequestError(f"the request cannot be served ({error.detail})")
+        refusal = RequestError(
+            f"the request cannot be served ({error.detail})",
+            got=f"{request.method} {request.url.path}",
+            fix=_NO_PATH if error.status_code in (404, 405) else None,
+        )
         return error_response(error.status_code, refusal, error.headers, path=request.url.path)
 
 
 _REPORT = "Its log says where; please report it."
+_NO_PATH = "See /docs for the paths; a client's URL ends before them, as http://HOST:PORT does."
 _STATUS: dict[type[MoetraceError], int] = {
     MissingRowError: 500,
     UnknownModelError: 404,
@@ -132,19 +138,22 @@ def _explain(error: RequestValidationError) -> RequestError:
         )
     parts = [str(part) for part in first["loc"] if part != "body"]
     place = ".".join(parts) or "the request body"
-    expected, value = first["msg"], repr(first.get("input"))
+    kind, value = first["type"], repr(first.get("input"))
+    expected = None if kind in _WORDS else re.sub(r"^\w+ should (be|have) ", "", first["msg"])
     for union, meaning in _UNIONS.items():
         if place.startswith(f"{union}."):
             place, expected = union, meaning
     return RequestError(
-        f"{place} is wrong",
+        f"{place} is {_WORDS.get(kind, 'wrong')}",
         expected=expected,
-        got=value if len(value) <= 80 else f"{value[:77]}...",
+        got=None if kind == "missing" else value if len(value) <= 80 else f"{value[:77]}...",
         fix="See /docs for the request's fields.",
         param=parts[0] if parts else None,
     )
 
 
+_WORDS = {"missing": "missing", "extra_forbidden": "unknown"}
+"""What pydantic says of a field, rather than of its value."""
 _UNIONS = {
     "inputs": "text, or a list of token ids, or a list of either",
     "prompt": "text, or a list of token ids, or a list of either",

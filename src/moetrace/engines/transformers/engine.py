@@ -28,8 +28,9 @@ from moetrace.engines.transformers.prompt_scores import PromptScorer
 from moetrace.engines.transformers.sampling import Sampler, generation_config
 from moetrace.engines.transformers.stopping import Stops
 from moetrace.engines.transformers.weights import apply_weights, check_weights
-from moetrace.errors import EngineError, RequestError
+from moetrace.errors import CaptureOffError, EngineError, RequestError, RouterError
 from moetrace.layout import MoeLayout
+from moetrace.routers import find_routers
 from moetrace.trace import RoutingTrace
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class TransformersEngine:
         on_progress: Progress | None = None,
     ) -> Generation:
         """Queue one request; see `Engine.submit`."""
+        if return_routes:
+            self._require_routers()
         check_request(self, prompt_tokens, sampling, return_routes, return_prompt_logprobs)
         if return_prompt_logprobs:
             self._require_scoring()
@@ -256,7 +259,18 @@ class TransformersEngine:
         """Record nothing from the next step on; see `Engine.stop_capture`."""
         self._between_steps(self._controlled_capture().stop)
 
+    def _require_routers(self) -> None:
+        """Raise `CaptureOffError` for a model of which no start of the engine could record routes."""
+        if self._capture is None:
+            try:
+                find_routers(self._model)
+            except RouterError as error:
+                raise CaptureOffError(
+                    f"routed experts were asked for, but none can be recorded ({error.what})", fix="Ask without them."
+                ) from error
+
     def _controlled_capture(self) -> StepCapture:
+        self._require_routers()
         require_capture(self.capture)
         self._require_one_process("capture control")
         assert self._capture is not None
