@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import moetrace
 from moetrace.client import Completion
-from moetrace.errors import UnreachableError
+from moetrace.errors import MoetraceError, UnreachableError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCURRENCY = 32
@@ -40,8 +40,12 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.prompt_file.is_file():
+        parser.error(f"--prompt-file: there is no {args.prompt_file}; write one prompt a line")
     prompts = args.prompt_file.read_text().splitlines()[: args.prompts]
+    if not prompts:
+        parser.error(f"there are no prompts: raise --prompts, or write one a line in {args.prompt_file}")
+    args.out.mkdir(parents=True, exist_ok=True)
     with serving(args.model, args.out / "server.log") as url:
         completions = asyncio.run(roll_out(url, prompts, args.new_tokens))
     save_rollout(completions, args.out)
@@ -117,4 +121,7 @@ def save_rollout(completions: list[Completion], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (MoetraceError, OSError) as error:
+        sys.exit(f"demo.py: {error}")

@@ -24,6 +24,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
+from moetrace.errors import MoetraceError
 from moetrace.trainers.trl import GRPOTrainer, ReplayConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,4 +87,7 @@ def print_table(steps: list[dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (MoetraceError, OSError) as error:
+        sys.exit(f"grpo_trl.py: {error}")

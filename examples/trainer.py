@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import moetrace
 from moetrace import RoutingComparison, RoutingTrace
+from moetrace.errors import MoetraceError
 
 TAU = 1.05
 """F(τ) is usually reported at τ = 2 for large models after long training; the tiny model needs a finer lens."""
@@ -66,6 +67,8 @@ def main() -> int:
     parser.add_argument("--rollout", type=Path, required=True, help="folder that examples/demo.py wrote")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
+    if not (args.rollout / "traces.safetensors").is_file():
+        parser.error(f"--rollout: there is no {args.rollout / 'traces.safetensors'}; run examples/demo.py first")
     transformers.utils.logging.disable_progress_bar()
     traces = moetrace.load_file(args.rollout / "traces.safetensors")
     rollout = json.loads((args.rollout / "rollout.json").read_text())
@@ -152,4 +155,7 @@ def print_table(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (MoetraceError, OSError) as error:
+        sys.exit(f"trainer.py: {error}")
