@@ -119,7 +119,7 @@ def test_a_header_longer_than_the_bytes() -> None:
 
 @pytest.mark.parametrize("text", [b'{"number": 0, "id": "0"}\n', b'{\n  "architectures": []\n}'])
 def test_text_is_no_container_that_was_cut(text: bytes) -> None:
-    with refused(FormatError, "not a moetrace container", expected="'{' at byte 8"):
+    with refused(FormatError, "not a moetrace container", expected="a safetensors file, with '{' at byte 8"):
         load(text)
 
 

@@ -135,7 +135,12 @@ class Envelope:
         length = int.from_bytes(source.read(0, min(8, source.size)), "little")
         if source.size < 8 or length > source.size - 8:
             if source.size > 8 and (first := bytes(source.read(8, 9))) != b"{":
-                raise FormatError("the bytes are not a moetrace container", expected="'{' at byte 8", got=repr(first))
+                raise FormatError(
+                    "the bytes are not a moetrace container",
+                    expected="a safetensors file, with '{' at byte 8",
+                    got=repr(first),
+                    fix="Engines' own payloads are read by moetrace.dialects.",
+                )
             raise FormatError(
                 "the bytes end inside their header",
                 expected=f"at least {8 + length} bytes",
