@@ -34,7 +34,8 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         part.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename == os.fspath(part):
-            error.filename, error.filename2 = os.fspath(path), None
+            error.filename = os.fspath(path)
+            del error.filename2  # None would be printed
         with suppress(OSError):  # what went wrong first is what counts
             part.unlink()
         raise

@@ -13,6 +13,7 @@ from torch import nn
 
 from moetrace.routers.find import unwrapped
 from moetrace.routers.sessions import in_backward
+from moetrace.routers.tap import Tapped
 
 _PLACEHOLDERS = [f"{kind}_token_{form}" for kind in ("image", "video", "audio") for form in ("id", "index")]
 
@@ -55,7 +56,7 @@ def token_ids_of(model: nn.Module, see: Callable[[torch.Tensor], None], *, inner
                 return
 
     # First of all hooks: those of a parallel plan make shards of the ids.
-    handle = embeddings.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+    handle = embeddings.register_forward_pre_hook(Tapped(before), prepend=True, with_kwargs=True)
     _watches.set((*_watches.get(), own))
     try:
         yield

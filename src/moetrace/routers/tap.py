@@ -100,7 +100,7 @@ class ModelTap:
         """Find what is to be replaced, in the model as it is now."""
         methods = [(site, traits_of(site.module).method) for site in self.sites]
         for site, method in methods:
-            if isinstance(vars(site.module).get(method), _Tapped):
+            if isinstance(vars(site.module).get(method), Tapped):
                 raise UnsupportedRouterError(
                     f"router {site.name} is already tapped through another module of the same model",
                     expected="one and the same object in every record and replay that overlaps",
@@ -163,7 +163,7 @@ class ModelTap:
         return checkpoint_with_sessions
 
 
-class _Tapped:
+class Tapped:
     """What a module has in place of its own function, and will not let a copy have, which would run the original by it.
 
     A plain function would go into the copy as it is.
@@ -191,7 +191,7 @@ class _Shadow:
 
     def __init__(self, module: nn.Module, name: str, value: Callable) -> None:
         self._module = weakref.ref(module)  # a tap that is kept must not keep its model
-        self._name, self._value = name, _Tapped(value)
+        self._name, self._value = name, Tapped(value)
         self._before = vars(module).get(name, _ABSENT)
 
     def fits(self) -> bool:
