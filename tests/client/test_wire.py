@@ -39,7 +39,9 @@ def test_a_prompt_that_is_neither_text_nor_whole_numbers_is_refused(prompt: Any)
         asked([prompt, "text"])
 
 
-@pytest.mark.parametrize("inputs", [None, 5, {"a": 1}, {1: 2}, {"text"}, b"text", iter(["a"])], ids=lambda inputs: type(inputs).__name__)
+@pytest.mark.parametrize(
+    "inputs", [None, 5, {"a": 1}, {1: 2}, {"text"}, b"text", iter(["a"])], ids=lambda inputs: type(inputs).__name__
+)
 def test_inputs_that_are_no_run_of_prompts_are_refused(inputs: Any) -> None:
     with refused(RequestError, "the prompt is neither text nor token ids", got=repr(inputs)):
         asked(inputs)

@@ -57,7 +57,9 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # FastAPI's own, of JSON that Python cannot hold: text that is not UTF-8, too deep
-            unreadable = RequestError("the request body is not JSON", expected="a JSON object", got=error.detail)
+            unreadable = RequestError(
+                "the request body is not JSON that can be read", expected="a JSON object in UTF-8", fix=_SEND_FIELDS
+            )
             return error_response(422, unreadable, path=request.url.path)
         refusal = RequestError(
             f"the request cannot be served ({error.detail})",
@@ -69,6 +71,7 @@ def handle_errors(app: FastAPI) -> None:
 
 _REPORT = "Its log says where; please report it."
 _NO_PATH = "See /docs for the paths; a client's URL ends before them, as http://HOST:PORT does."
+_SEND_FIELDS = "Send an object with the fields that /docs lists."
 _STATUS: dict[type[MoetraceError], int] = {
     MissingRowError: 500,
     UnknownModelError: 404,
@@ -134,7 +137,7 @@ def _explain(error: RequestValidationError) -> RequestError:
             "the request body is not JSON",
             expected="a JSON object",
             got=f"{first['ctx']['error']} at character {first['loc'][-1]}",
-            fix="Send an object with the fields that /docs lists.",
+            fix=_SEND_FIELDS,
         )
     parts = [str(part) for part in first["loc"] if part != "body"]
     place = ".".join(parts) or "the request body"
