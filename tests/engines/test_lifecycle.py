@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from moetrace.engines.config import EngineConfig
 from moetrace.engines.requests import GenerateResult, SamplingParams
 from moetrace.engines.transformers import TransformersEngine
+from moetrace.engines.transformers import capture as capture_module
 from moetrace.engines.transformers import delivery as delivery_module
 from moetrace.engines.transformers.capture import CaptureCounts, CapturedRows
 from moetrace.engines.transformers.delivery import Delivery
@@ -168,14 +169,24 @@ def test_a_stop_text_that_spans_the_prompt_does_not_count(dye: Dye, make_engine)
 class Torn(Letters):
     """It has no letter for tokens from 12 on."""
 
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error = error
+
     def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
         if max(tokens, default=0) >= 12:
-            raise ValueError("id is out of range")
+            raise self._error("id is out of range")
         return super().decode(tokens, skip_special_tokens=skip_special_tokens)
 
 
-def test_a_tokenizer_that_fails_ends_its_request_and_no_other(dye: Dye, make_engine) -> None:
-    engine = make_engine(dye.model(), Torn())
+class Panic(BaseException):
+    """As Rust's comes to Python."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+def test_a_tokenizer_that_fails_ends_its_request_and_no_other(
+    dye: Dye, make_engine, error: type[BaseException]
+) -> None:
+    engine = make_engine(dye.model(), Torn(error))
     other = engine.submit([3, 4], SamplingParams(200), return_routes=True)
     for tokens in (1, 300):  # at the last token, and before
         failing = engine.submit([10, 11], SamplingParams(tokens, stop=("Z",), n=1 + tokens % 2), return_routes=True)
@@ -262,6 +273,36 @@ def test_traces_wait_for_a_rest_of_the_generation_thread_and_nothing_else_does(m
     for name in ("traced", "traced too"):
         assert pending[name].future.result(60).trace is not None
     delivery.join()
+
+
+def test_what_others_stream_holds_up_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery_module, "_MOST_PATIENCE_S", 0)
+    traced = threading.Event()
+    streamed: Any = SimpleNamespace(request_id="streamed", is_finished=lambda: not traced.wait(60))
+    delivery, pending = deliver([finished("traced"), streamed, finished("streamed")], traced, routes=("traced",))
+    pending["streamed"].on_progress = None
+    streamed.generated_tokens, streamed.logprobs = [3], [0]
+    assert pending["traced"].future.result(20).trace is not None
+    traced.set()
+    assert pending["streamed"].future.result(20).output_tokens == [3, 4]
+    delivery.join()
+
+
+def test_rows_that_cannot_leave_fail_their_requests_at_once(
+    dye: Dye, make_engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(capture_module, "_PULL_TIMEOUT_S", 3600)
+    engine = make_engine(dye.model())
+    engine._capture._store.take = fail
+    engine.pause()
+    running = [engine.submit([1, 2], SamplingParams(tokens), return_routes=True) for tokens in (3, 3, 90)]
+    engine.resume()
+    for generation in running:
+        with pytest.raises((CaptureError, EngineError), match="Send"):
+            generation.result(60)
 
 
 def test_a_generation_thread_that_never_rests_holds_up_no_trace() -> None:
@@ -489,6 +530,70 @@ def test_a_paused_engine_can_be_closed(dye: Dye) -> None:
     assert_dyed(dye, generation.result(1))
 
 
+def test_an_engine_that_is_being_closed_is_not_paused(dye: Dye) -> None:
+    """It would never have finished what is queued."""
+    engine = TransformersEngine(dye.model(), EngineConfig(**CAPTURE))
+    running = engine.submit([1, 2, 3], SamplingParams(300), return_routes=True)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closing:
+        time.sleep(0.001)
+    with pytest.raises(EngineError, match="being closed"):
+        engine.pause()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert_dyed(dye, running.result(1))
+
+
+@pytest.mark.parametrize("prompt", [1, 17, 30, 31, 46])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_sequence_may_be_as_long_as_the_engine_says(dye: Dye, make_engine, prompt: int, n: int) -> None:
+    """Alone in the cache, to its last place."""
+    engine = make_engine(dye.model(), kv_cache_tokens=64, max_batch_tokens=40)
+    assert 62 <= engine.max_model_len <= 64
+    sampling = SamplingParams(engine.max_model_len - prompt, n=n)
+    for result in engine.submit(list(range(prompt)), sampling, return_routes=True).results(60):
+        assert_dyed(dye, result)
+
+
+def test_a_hybrid_model_too_may_fill_its_cache(make_engine) -> None:
+    engine = make_engine(gpt_oss(), kv_cache_tokens=256, max_batch_tokens=64)
+    result = engine.submit([1], SamplingParams(engine.max_model_len - 1), return_routes=True).result(60)
+    assert len(result.output_tokens) == engine.max_model_len - 1
+    assert result.trace is not None
+    assert result.trace.valid_T.all()
+
+
+def test_a_prompt_that_is_shared_as_a_whole_is_written_again_in_no_page(dye: Dye, make_engine) -> None:
+    engine, prompt = make_engine(dye.model(), weight_version="first"), list(range(16))
+
+    def later() -> None:
+        engine._versions.append("later")
+        engine._capture.set_version(1)
+
+    first = engine.submit(prompt, SamplingParams(200), return_routes=True)
+    time.sleep(0.1)
+    engine._loop.call(later).result(60)
+    assert_dyed(dye, engine.submit(prompt, SamplingParams(3), return_routes=True).result(60))
+    trace = first.result(60).trace
+    assert trace is not None
+    assert [span.version for span in trace.weight_spans] == ["first", "later"]
+
+
+def after_step(engine: TransformersEngine, number: int, call: Any) -> None:
+    """`call()` on a thread of its own; what it wants of the generation thread is done before the next step."""
+    steps = itertools.count(1)
+
+    def step(own: Any, model: Any) -> None:
+        own(model)
+        if next(steps) == number:
+            threading.Thread(target=call).start()
+            while engine._loop._tasks.empty():
+                time.sleep(0.001)
+
+    engine._loop.join(engine._manager.batch_processor, "_generation_step", step)
+
+
 def rerouted(dye: Dye) -> tuple[Dye, dict[str, torch.Tensor]]:
     """A dye of the same shape that routes otherwise, and its weights."""
     other = Dye()
@@ -545,6 +650,34 @@ def test_a_request_under_way_has_rows_of_both_weights_and_says_where(dye: Dye, m
     assert all(gen.result().weight_version == _last_version(gen.result()) for gen in running)
     for result in generate(engine, prompts):  # pages that were completed across the update are not shared either
         assert_dyed(other, result)
+
+
+def test_forks_of_a_prompt_that_new_weights_interrupt_bring_no_old_page(dye: Dye, make_engine) -> None:
+    engine = make_engine(dye.model(), max_batch_tokens=12, max_running_requests=12)
+    other, weights = rerouted(dye)
+    prompt = prompts_of(dye, 1, shared=64)[0]
+    after_step(engine, 2, lambda: engine.update_weights(weights, "new"))
+    for result in engine.submit(prompt, SamplingParams(40, n=3), return_routes=True).results(60):
+        assert result.trace is not None
+        assert len(result.trace.weight_spans) == 2
+    assert_dyed(other, engine.submit(prompt, SamplingParams(3), return_routes=True).result(60))
+
+
+def test_rows_of_a_prompt_under_way_are_those_computed_so_far(dye: Dye, make_engine) -> None:
+    """Its pages hold rows of who had them before, perhaps of the very same tokens."""
+    engine = make_engine(dye.model(), kv_cache_tokens=128, max_batch_tokens=20, max_running_requests=16)
+    other, weights = rerouted(dye)
+    prompt, read = list(range(60)), []
+    for _ in range(4):
+        engine.submit(prompt, SamplingParams(2), return_routes=True).result(60)
+        engine.update_weights(weights, "new")
+    engine.pause()
+    running = engine.submit(prompt, SamplingParams(2), return_routes=True)
+    after_step(engine, 1, lambda: read.append(engine.read_routes(running, 0, [], 0)))
+    engine.resume()
+    assert_dyed(other, running.result(60))
+    assert read[0].num_rows <= 20
+    np.testing.assert_array_equal(read[0].experts_TLK, other.routes(prompt)[: read[0].num_rows])
 
 
 def broken(weights: dict[str, torch.Tensor]) -> list[tuple[str, dict[str, torch.Tensor]]]:

@@ -36,10 +36,9 @@ class RowStore:
         self.marks_S2 = torch.full((num_pages * page_size, 2), NO_TOKEN, dtype=torch.int32, device=device)
         self.version_1 = torch.zeros(1, dtype=torch.int32, device=device)
         self.nbytes: int = self.rows_SR.nbytes + self.marks_S2.nbytes
-        # Streams for good: torch has 32 and hands them out in turn, so among many one would be the engine's own. Pages
-        # leave on two, by `computed`: those of a step that still runs hold up no others.
-        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(3)]
-        self._beside_steps, *self._leaving = streams
+        # Streams for good: torch has 32 and hands them out in turn, so among many one would be the engine's own.
+        on_gpu = device.type == "cuda"
+        self._beside_steps, self._leaving = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
 
     def commit(self, staging: Staging, step: StepSlots) -> None:
         """Put the rows of a step's tokens into their slots: one kernel on the current stream, no padding token."""
@@ -66,7 +65,7 @@ class RowStore:
         with torch.cuda.stream(beside) if beside else nullcontext():
             index_G = _index(pages, self.rows_SR.device)
             rows = self._by_page(self.rows_SR).index_select(0, index_G)
-            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G), self._leaving[computed])
+            pulled = PulledPages(self.layout, rows, self._marks().index_select(0, index_G), self._leaving)
         if beside:
             torch.cuda.current_stream(beside.device).wait_stream(beside)
         return pulled
@@ -117,7 +116,8 @@ class PulledPages:
         return rows.reshape(-1, self._layout.num_layers, self._layout.top_k), marks.reshape(-1, 2)
 
     def _arrive(self, leaving: torch.cuda.Stream) -> None:
-        leaving.wait_event(self._computed)  # type: ignore[arg-type]
+        assert self._computed is not None
+        self._computed.synchronize()  # here, not on the stream, where pages that are ready would wait behind these
         with torch.cuda.stream(leaving):
             arrived = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (self.rows, self.marks)]
             for host, device in zip(arrived, (self.rows, self.marks), strict=True):

@@ -15,8 +15,7 @@ import transformers
 
 from moetrace.engines.transformers.capture import StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
-from moetrace.engines.transformers.pages import require
-from moetrace.engines.transformers.pending import name_of
+from moetrace.engines.transformers.pages import name_of, require
 from moetrace.errors import CaptureError
 from moetrace.shadows import shadowed
 from moetrace.trace import RoutingTrace

@@ -201,9 +201,10 @@ class StepCapture:
             return None
         self.settle()
         size = self._store.page_size
-        first = start // size
-        pages = list(self._loop.pages.table.get(request_id, ()))[first : -(-stop // size)]
-        here = [_Part(first * size, len(pages) * size, pages, self._store.take(pages))] if pages else []
+        pages, computed = self._loop.pages_of(request_id)
+        first, stop = start // size, min(stop, computed)
+        pages = pages[first : -(-stop // size)]
+        here = [_Part(first * size, stop - first * size, pages, self._store.take(pages))] if pages else []
         return [*history.parts, *here]
 
     def assemble(self, parts: Sequence[_Part], inputs: Sequence[int] | np.ndarray) -> CapturedRows:
@@ -218,7 +219,8 @@ class StepCapture:
         )
         tokens_T = np.asarray(inputs)
         for part in reversed(parts):  # the oldest last: its rows stay
-            assert part.pulled is not None
+            if part.pulled is None:
+                raise CaptureError("the engine stopped before these rows had left it", fix="Send the request again.")
             experts_TLK, marks_T2 = part.pulled.read(part.first, len(part.pages))
             count = max(min(part.count, num_rows - part.start), 0)
             there = slice(part.start, part.start + count)
@@ -241,16 +243,18 @@ class StepCapture:
             self._store.commit(self._staging, step)
 
     def settle(self, computed: bool = False) -> None:
-        if self._queued:
-            pulled = self._store.take([page for part in self._queued for page in part.pages], computed=computed)
-            first = 0
-            for part in self._queued:
-                part.pulled, part.first = pulled, first
-                first += len(part.pages)
-            self._queued = []
-        for history in self._finished:
-            history.complete.set()
-        self._finished = []
+        try:
+            if self._queued:
+                pulled = self._store.take([page for part in self._queued for page in part.pages], computed=computed)
+                first = 0
+                for part in self._queued:
+                    part.pulled, part.first = pulled, first
+                    first += len(part.pages)
+                self._queued = []
+        finally:  # whatever went wrong ends the loop, and nobody may wait for rows that will not come
+            for history in self._finished:
+                history.complete.set()
+            self._finished = []
 
     def freed(self, request_id: str, pages: list[int], computed: int | None, over: bool) -> None:
         history = self._histories.get(request_id)

@@ -13,6 +13,7 @@ pages, and lets other threads act between two steps. What is joined and where:
     update_batch                results of a step (with asynchronous batching, of the one before)
       mark_*_complete           equal pages become one
       copy                      a fork copies pages
+    search_prefix_match         no shared page is written again
     free_blocks                 a request gives its pages back: finished, cancelled or preempted
 """
 
@@ -29,7 +30,7 @@ import torch
 from torch import nn
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from moetrace.engines.transformers.pages import PageListener, PageMap, require
+from moetrace.engines.transformers.pages import PageListener, PageMap, name_of, require
 from moetrace.errors import EngineError
 from moetrace.shadows import shadowed
 
@@ -69,6 +70,8 @@ class BatchLoop:
         self.join(self._scheduler, "schedule_batch", self._schedule)
         self.join(self._scheduler, "clear_cancelled_requests", self._cancel)
         self.join(self._cache, _mark_complete_name(self._cache), self._mark_complete)
+        if not hasattr(self._cache, "cache_allocators"):
+            self.join(self._cache, "search_prefix_match", self._match_prefix)
         self.join(self._cache, "free_blocks", self._free)
         self.join(self._offloading, "offload_requests", self._preempt)
         if self.device.type == "cuda":
@@ -128,9 +131,14 @@ class BatchLoop:
     def forget_prefixes(self) -> None:
         """Share no page that exists now with a later request: its keys are of other weights, or their rows are not
         there. To be run by `call`."""
-        waiting = self._scheduler.waiting_requests
-        offloaded = (request_id for request_id in waiting if waiting[request_id].is_cpu_offloaded)
-        self._stale = {*self._scheduler.active_requests, *offloaded}
+        scheduler = self._scheduler
+        offloaded = {name: state for name, state in scheduler.waiting_requests.items() if state.is_cpu_offloaded}
+        computed = scheduler.active_requests | offloaded
+        self._stale = {  # with what will be forked from them
+            name_of(request_id, sequence)
+            for request_id, state in computed.items()
+            for sequence in range(state.num_children + 1)
+        }
         if hasattr(self._cache, "cache_allocators"):  # 5.18 and later
             self._cache.evict_cached_blocks()
             for allocator in self._cache.cache_allocators.values():
@@ -149,8 +157,14 @@ class BatchLoop:
     def running(self) -> dict[str, tuple[list[int], int]]:
         """The pages of each running request, and how many of its positions hold what its tokens were really sampled
         from. To be run by `call`."""
-        states = self._scheduler.active_requests
-        return {name: (list(self.pages.table.get(name, ())), _settled(state)) for name, state in states.items()}
+        return {name: self.pages_of(name) for name in self._scheduler.active_requests}
+
+    def pages_of(self, request_id: str) -> tuple[list[int], int]:
+        """The same of one request; none and 0 where it does not run."""
+        state = self._scheduler.active_requests.get(request_id)
+        if state is None:
+            return [], 0
+        return list(self.pages.table.get(request_id, ())), _settled(state)
 
     @contextmanager
     def on_compute_stream(self) -> Any:
@@ -213,6 +227,11 @@ class BatchLoop:
         with shadowed(self._processor.inputs_and_outputs, "prepare_batch_update", lambda: ([], [], None)):
             type(self._processor).update_batch(self._processor)
 
+    def _match_prefix(self, own: Callable[..., int], request_id: str, tokens: list[int]) -> int:
+        """Of a prompt that lies in shared pages as a whole 5.17 computes the last position again, in a page that others
+        read. Later releases leave that page out."""
+        return own(request_id, tokens[:-1])
+
     def _cancel(self, own: Callable[[], list[Any]]) -> list[Any]:
         scheduler = self._scheduler
         asked = set(scheduler._requests_to_cancel)
@@ -242,6 +261,9 @@ class BatchLoop:
 
     def _preempt(self, own: Callable[[], Any]) -> Any:
         self._preempting = True
+        host_pool = getattr(self._offloading, "_cpu_pool", None)
+        if host_pool is not None:
+            host_pool.try_to_free_sectors()  # later releases count what is free on the host before they do this
         try:
             return own()
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class Delivery:
             self._fail_pending(EngineError("the engine stopped before this request was done", fix="Send it again."))
 
     def _deliver_all(self) -> None:
-        version = self._versions[0]
+        version, due = self._versions[0], 0.0
         traced: list[tuple[Any, str]] = []  # finished, and the weights then
         while True:
             healthy = self.is_healthy()  # asked first: what an engine delivered before it stopped is there then
@@ -87,16 +88,17 @@ class Delivery:
             elif output is not None and not output.is_finished():
                 self._proceed(output)
             elif output is not None and self._has_trace(output):
+                due = due if traced else time.monotonic() + _MOST_PATIENCE_S
                 traced.append((output, version))
             elif output is not None:
                 self._finish(output, version)
-            elif traced:
-                self._at_rest.wait(_MOST_PATIENCE_S)
+            elif not traced and not healthy:
+                break
+            if traced and (output is None or time.monotonic() >= due):
+                self._at_rest.wait(max(due - time.monotonic(), 0))
                 for finished in traced:
                     self._finish(*finished)
                 traced = []
-            elif not healthy:
-                break
 
     def _has_trace(self, output: Any) -> bool:
         pending = self.pending.get(output.request_id)

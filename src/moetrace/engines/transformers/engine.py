@@ -23,7 +23,8 @@ from moetrace.engines.transformers import loading
 from moetrace.engines.transformers.capture import StepCapture
 from moetrace.engines.transformers.continuous import BatchLoop
 from moetrace.engines.transformers.delivery import Delivery
-from moetrace.engines.transformers.pending import NewWeights, Pending, name_of
+from moetrace.engines.transformers.pages import longest_sequence, name_of
+from moetrace.engines.transformers.pending import NewWeights, Pending
 from moetrace.engines.transformers.prompt_scores import PromptScorer
 from moetrace.engines.transformers.sampling import Sampler, generation_config
 from moetrace.engines.transformers.stopping import Stops
@@ -65,8 +66,9 @@ class TransformersEngine:
         self._sampler = Sampler(self._manager, self.vocab_size, self._eos_token_ids)
         processor = self._manager.batch_processor = self._manager._create_batch_processor()
         self._sampler.attach(processor)
-        self._cache_tokens = processor.cache.num_blocks * loading.page_size_of(self._manager.continuous_batching_config)
-        self.max_model_len = min(window, self._cache_tokens)
+        page_size = loading.page_size_of(self._manager.continuous_batching_config)
+        self._cache_tokens = processor.cache.num_blocks * page_size
+        self.max_model_len = min(window, longest_sequence(processor.cache, page_size))
         self._loop = BatchLoop(self._manager)
         self._scorer = PromptScorer(self._manager, self._loop)
         self._versions = [config.weight_version]
@@ -220,7 +222,10 @@ class TransformersEngine:
     def pause(self) -> None:
         """Launch no step until `resume`; see `Engine.pause`."""
         self._require_one_process("pause")
-        self._loop.pause()
+        with self._delivery.lock:
+            if self._closing:  # which finishes what is queued
+                raise EngineError("the engine is being closed", fix="Pause before, or let it finish.")
+            self._loop.pause()
 
     def resume(self) -> None:
         """Go on after `pause`."""

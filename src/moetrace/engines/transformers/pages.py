@@ -1,7 +1,8 @@
-"""The pages of the KV cache: which slots hold which positions, and who is told what becomes of them."""
+"""The pages of the KV cache: which slots hold which positions of whom, and who is told what becomes of them."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -94,6 +95,30 @@ class PageMap:
                 positions_N=batch_data["position_ids"].view(-1),
             )
         return StepSlots(tokens_N, self._write_stride, write_index_N=batch_data["write_index"][self._group])
+
+
+def name_of(request_id: str, sequence: int) -> str:
+    """What continuous batching calls a sequence: forks are its children."""
+    return f"{request_id}__child#{sequence - 1}" if sequence else request_id
+
+
+def sequence_of(name: str) -> int:
+    """The number of the sequence that continuous batching calls so."""
+    _, forked, child = name.partition("__child#")
+    return int(child) + 1 if forked else 0
+
+
+def longest_sequence(cache: Any, page_size: int) -> int:
+    """Tokens of the longest sequence that the cache can hold.
+
+    5.17 gives each group of layers blocks of its own, and asks for one more where a sequence fills its last one: if
+    there is none, the engine ends.
+    """
+    if hasattr(cache, "cache_allocators"):  # 5.18 and later
+        return cache.num_blocks * page_size
+    most = cache.num_blocks
+    own_blocks = bisect_right(range(most + 1), most, key=lambda number: cache.blocks_needed(number, 0)) - 1
+    return own_blocks * page_size - 2
 
 
 def require(owner: Any, name: str) -> Any:

@@ -33,14 +33,3 @@ class NewWeights:
     """Stands among the engine's outputs: what comes after it was finished by weights of this version."""
 
     version: str
-
-
-def name_of(request_id: str, sequence: int) -> str:
-    """What continuous batching calls a sequence: forks are its children."""
-    return f"{request_id}__child#{sequence - 1}" if sequence else request_id
-
-
-def sequence_of(name: str) -> int:
-    """The number of the sequence that continuous batching calls so."""
-    _, forked, child = name.partition("__child#")
-    return int(child) + 1 if forked else 0

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from moetrace.engines.requests import SamplingParams
 from moetrace.engines.transformers.noise import draw_key, gumbel
-from moetrace.engines.transformers.pending import sequence_of
+from moetrace.engines.transformers.pages import sequence_of
 
 _GREEDY, _TRUNCATED, _SEEDED = 1, 2, 4
 """What is special about a request's sampling; bits of its `modes`."""

@@ -61,7 +61,7 @@ class Stops:
     def _decode(self, tokens: list[int]) -> str:
         try:
             return self._tokenizer.decode(tokens, skip_special_tokens=True)
-        except Exception as error:  # tokenizers have no common error: ValueError, TypeError, Rust's own
+        except BaseException as error:  # tokenizers have no common error: ValueError, TypeError, Rust's panic
             raise RequestError(
                 "stop texts cannot be looked for: the tokenizer does not decode what the model generated",
                 expected="a tokenizer with a text for each token of the model",
