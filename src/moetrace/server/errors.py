@@ -58,7 +58,7 @@ def handle_errors(app: FastAPI) -> None:
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # FastAPI's own, of JSON that Python cannot hold: text that is not UTF-8, too deep
             unreadable = RequestError(
-                "the request body is not JSON that can be read", expected="a JSON object in UTF-8", fix=_SEND_FIELDS
+                "the request body is not JSON", expected="a JSON object, in UTF-8", fix=_SEND_FIELDS
             )
             return error_response(422, unreadable, path=request.url.path)
         refusal = RequestError(
