@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from asking import DYE
 from trl_runs import trainer_of
 
@@ -56,6 +57,7 @@ def main(folder: Path) -> None:
     trainer.train()
     logged = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("r3/")}
     (folder / f"{rank}.json").write_text(json.dumps({"rows": made.rows, "logged": logged}))
+    torch.distributed.destroy_process_group()  # else its threads may end the process before it has ended
 
 
 if __name__ == "__main__":
